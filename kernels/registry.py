@@ -1,0 +1,71 @@
+"""What a kernel declares. A file in this folder that registers one is found, tested and shown by itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from ..device import Device
+from ..errors import ArgumentError
+from ..types import Format, Problem, Rounding
+
+HALVES = (torch.float16, torch.bfloat16)
+X_DTYPES = (*HALVES, torch.float32)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The unchanging facts of one matmul: y[m, n] = x[m, k] @ w[n, k].T, w stored as `layout` stores `format`."""
+
+    layout: str
+    format: Format
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to run a packed matmul.
+
+    run(x, parts, bias, call, out)   x [m, k] contiguous, m and k > 0; writes y [m, n] to `out`
+    accepts(call, x_dtype, device)   None, or the sentence that says what it does not accept
+    rounding(call, x_dtype)          the unit roundoffs from which every test derives its bound
+    seconds(problem, layout, device) predicted time, a sympy expression in problem.m
+    """
+
+    name: str
+    layouts: tuple[str, ...]
+    devices: tuple[str, ...]
+    summary: str
+    run: Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor | None, Call, torch.Tensor], None]
+    accepts: Callable[[Call, torch.dtype, str], str | None]
+    rounding: Callable[[Call, torch.dtype], Rounding]
+    seconds: Callable[[Problem, str, Device], sympy.Expr]
+    deterministic: bool = True
+    batch_invariant: bool = False
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Adds a kernel. Its name must be new: two kernels of one name would silently shadow each other."""
+    if kernel.name in KERNELS:
+        raise ArgumentError("kernel.name", kernel.name, "a name not yet registered")
+    KERNELS[kernel.name] = kernel
+    return kernel
+
+
+@functools.cache
+def discover() -> dict[str, Kernel]:
+    """Every kernel, by importing each file of this folder once."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{__package__}.{module.name}")
+    return KERNELS

@@ -1,0 +1,69 @@
+"""One frozen Config, made from torch.compile's `mode` and `options`. The only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import ArgumentError
+
+CHECK_WEIGHTS = ("every_call", "never")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a user may set.
+
+    strict         raise instead of falling back to Inductor when a pass of ours fails
+    check_weights  "every_call" compares every source tensor with the one that was packed; "never" leaves
+                   that to lqcompile.refresh(model)
+    inductor       options of Inductor itself, passed on
+    """
+
+    strict: bool = False
+    check_weights: str = "every_call"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything of ours that may change generated code; part of both Inductor cache keys."""
+        return f"strict={self.strict}"
+
+
+OWN = tuple(f.name for f in fields(Config) if f.name != "inductor")
+
+
+def make(mode: str | None, options: Mapping[str, Any] | None) -> Config:
+    """The Config for one call of torch.compile. Raises ArgumentError for an unknown option or value."""
+    from torch import _inductor
+
+    given = dict(options or {})
+    mode = given.pop("mode", mode)
+    own = {name: given.pop(name) for name in OWN if name in given}
+    modes = _inductor.list_mode_options()
+    if mode is not None and mode != "default" and mode not in modes:
+        raise ArgumentError("mode", mode, " | ".join(["default", *modes]))
+    known = set(_inductor.list_options())
+    for name in given:
+        if name.replace("-", "_") not in known:
+            raise ArgumentError("options", name, f"{', '.join(('mode', *OWN))}, or an option of Inductor")
+    if not isinstance(own.get("strict", False), bool):
+        raise ArgumentError("options['strict']", own["strict"], "True | False")
+    if own.get("check_weights", CHECK_WEIGHTS[0]) not in CHECK_WEIGHTS:
+        raise ArgumentError("options['check_weights']", own["check_weights"], " | ".join(CHECK_WEIGHTS))
+    inductor = {**modes.get(mode or "default", {}), **{k.replace("-", "_"): v for k, v in given.items()}}
+    if environment("LQ_STRICT") == "1":
+        own.setdefault("strict", True)
+    return Config(**own, inductor=inductor)
+
+
+def environment(name: str) -> str | None:
+    """An environment variable of ours."""
+    return os.environ.get(name)
+
+
+def go_offline() -> None:
+    """Keeps transformers from asking a hub for files: everything that the demo needs is on the disk."""
+    os.environ["HF_HUB_OFFLINE"] = "1"

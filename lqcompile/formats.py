@@ -1,0 +1,144 @@
+"""What a quantized weight means: its float64 truth, the check that it is well formed, and the error bound of a matmul."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .errors import ArgumentError
+from .types import SCALE_DTYPES, Format, QWeight, Rounding
+
+UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+GROUPED = ("scale", "zero", "alpha", "offset")
+
+
+def code_range(format: Format) -> tuple[int, int]:
+    """The least and the greatest code of a format, inclusive."""
+    if format.form == "affine" and format.zero == "none":
+        return -(1 << format.bits - 1), (1 << format.bits - 1) - 1
+    return 0, (1 << format.bits) - 1
+
+
+def parts_of(format: Format) -> tuple[str, ...]:
+    """The grouped tensors of a format, in the order of `GROUPED`."""
+    if format.form == "binary":
+        return ("alpha", "offset") if format.zero == "float" else ("alpha",)
+    return ("scale",) if format.zero == "none" else ("scale", "zero")
+
+
+def validate(w: QWeight) -> QWeight:
+    """Returns `w` if it is well formed; raises ArgumentError naming the field, its value and what is accepted.
+
+    Checks shapes, dtypes, devices, that every code is in range, that scales are finite, and that `perm` is one.
+    """
+    f, groups = w.format, w.k // w.format.group
+    if type(w.n) is not int or w.n < 0 or type(w.k) is not int or w.k < 0:
+        raise ArgumentError("n, k", (w.n, w.k), "ints >= 0")
+    if w.k % f.group:
+        raise ArgumentError("format.group", f.group, f"a divisor of k={w.k}")
+    code_dtype = torch.int8 if code_range(f)[0] < 0 else torch.uint8
+    _expect("codes", w.codes, (w.n, w.k), (code_dtype,), w.codes.device)
+    if w.codes.numel():
+        low, high = code_range(f)
+        least, most = int(w.codes.min()), int(w.codes.max())
+        if least < low or most > high:
+            raise ArgumentError("codes", f"[{least}, {most}]", f"codes from {low} to {high} for {f.bits} bits")
+    wanted = parts_of(f)
+    for name in GROUPED:
+        value = getattr(w, name)
+        if (name in wanted) != (value is not None):
+            raise ArgumentError(name, "given" if value is not None else None, f"{', '.join(wanted)} for {f}")
+        if value is None:
+            continue
+        shape = (w.n, groups, f.bits) if name == "alpha" else (w.n, groups)
+        integer_zero = name == "zero" and f.zero == "int"
+        dtypes = (torch.int16,) if integer_zero else (*SCALE_DTYPES.values(), torch.float64)
+        _expect(name, value, shape, dtypes, w.codes.device)
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ArgumentError(name, "inf or NaN", "finite values")
+    if (f.form == "table") != (w.table is not None):
+        raise ArgumentError("table", "given" if w.table is not None else None, f"{'a' if f.form == 'table' else 'no'} table")
+    if w.table is not None:
+        levels = 1 << f.bits
+        shapes = ((levels,), (w.n, levels), (w.n, groups, levels))
+        if tuple(w.table.shape) not in shapes:
+            raise ArgumentError("table.shape", tuple(w.table.shape), " or ".join(map(str, shapes)))
+        _expect("table", w.table, tuple(w.table.shape), tuple(UNIT_ROUNDOFF), w.codes.device)
+        if not bool(torch.isfinite(w.table).all()):
+            raise ArgumentError("table", "inf or NaN", "finite values")
+    if w.perm is not None:
+        _expect("perm", w.perm, (w.k,), (torch.int64,), w.codes.device)
+        if not torch.equal(w.perm.sort().values, torch.arange(w.k, device=w.perm.device)):
+            raise ArgumentError("perm", "not a permutation", f"each of 0..{w.k - 1} once")
+    return w
+
+
+def _expect(
+    name: str, t: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise ArgumentError(name, type(t).__name__, "a tensor")
+    if tuple(t.shape) != shape:
+        raise ArgumentError(f"{name}.shape", tuple(t.shape), str(shape))
+    if t.dtype not in dtypes:
+        raise ArgumentError(f"{name}.dtype", t.dtype, " | ".join(map(str, dtypes)))
+    if t.device != device:
+        raise ArgumentError(f"{name}.device", t.device, f"{device}, where the codes are")
+
+
+def dequantize(w: QWeight, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """The dense weight [n, k], columns in the order of the inputs. float64 is the truth of DESIGN section 5."""
+    dense = dequantize_grouped(w, dtype).view(w.n, w.k)
+    if w.perm is None:
+        return dense
+    return torch.empty_like(dense).index_copy_(1, w.perm, dense)
+
+
+def dequantize_grouped(w: QWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight as [n, k/group, group], columns in the order of the codes."""
+    f = w.format
+    codes = w.codes.view(w.n, w.k // f.group, f.group)
+    if f.form == "binary":
+        assert w.alpha is not None
+        dense = torch.zeros(codes.shape, dtype=dtype, device=codes.device)
+        for plane in range(f.bits):
+            sign = ((codes >> plane) & 1).to(dtype).mul_(2).sub_(1)
+            dense.addcmul_(sign, w.alpha[..., plane, None].to(dtype))
+        return dense if w.offset is None else dense.add_(w.offset.unsqueeze(-1).to(dtype))
+    assert w.scale is not None
+    if f.form == "table":
+        assert w.table is not None
+        table = w.table.to(dtype)
+        if table.ndim == 1:
+            dense = table[codes.long()]
+        else:
+            rows = table.view(w.n, -1, 1 << f.bits).expand(w.n, codes.shape[1], 1 << f.bits)
+            dense = rows.gather(-1, codes.long())
+    else:
+        dense = codes.to(dtype)
+        if w.zero is not None:
+            dense = dense.sub_(w.zero.unsqueeze(-1).to(dtype))
+    return dense.mul_(w.scale.unsqueeze(-1).to(dtype))
+
+
+def bound(y64: torch.Tensor, x64: torch.Tensor, w64: torch.Tensor, r: Rounding) -> torch.Tensor:
+    """The largest error allowed at each element of y[m, n] = x[m, k] @ w[n, k].T (DESIGN section 6). All float64.
+
+    The sharp, statistical bound with factor 8, capped by the worst case.
+    """
+    k = x64.shape[-1]
+    spread = (x64.square() @ w64.square().T).sqrt()
+    sharp = r.out * y64.abs() + 8 * (r.weight / math.sqrt(3) + math.sqrt(k) * r.accumulate) * spread
+    gamma = k * r.accumulate / (1 - k * r.accumulate)
+    worst = r.out * y64.abs() + (r.weight + gamma) * (x64.abs() @ w64.abs().T)
+    # The additive term covers outputs in the subnormal range of half precision, for both.
+    return torch.minimum(sharp, worst) + 2.0**-24
+
+
+def narrowest(values: torch.Tensor) -> str:
+    """The first of float16, bfloat16, float32 that holds every value exactly, else float32 (which rounds)."""
+    for name, dtype in SCALE_DTYPES.items():
+        if torch.equal(values.to(dtype).to(values.dtype), values):
+            return name
+    return "float32"

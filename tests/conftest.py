@@ -1,0 +1,19 @@
+"""Hypothesis profiles and the devices that tests run on."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("LQ_HYPOTHESIS_PROFILE", "ci"))
+
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_CUDA)])
+def device(request) -> torch.device:
+    """Each device in turn; CUDA is skipped where there is none."""
+    return torch.device(request.param)
