@@ -27,7 +27,7 @@ def dequantize(parts: Sequence[torch.Tensor], call: Call, dtype: torch.dtype) ->
     if f.form == "binary":
         dense = torch.zeros(shape, dtype=work, device=parts[0].device)
         for i, plane in enumerate(planes):
-            sign = unpack_plane(plane, 1, call.k, work).mul_(2).sub_(1).view(shape)
+            sign = unpack_plane(plane, 1, call.k, work).contiguous().mul_(2).sub_(1).view(shape)
             dense.addcmul_(sign, named["alpha"][..., i, None].to(work))
         if "offset" in named:
             dense += named["offset"].unsqueeze(-1).to(work)
@@ -53,7 +53,6 @@ def _codes(planes: Sequence[torch.Tensor], widths: Sequence[int], k: int, dtype:
     for plane, width in zip(planes[1:], widths[1:], strict=True):
         codes = codes.add(unpack_plane(plane, width, k, dtype), alpha=1 << shift)
         shift += width
-    # A copy where the look-up returned a view: callers write to it.
     return codes.contiguous()
 
 

@@ -1,1 +1,18 @@
 """torch.compile(model, backend="lq"): every matmul against a quantized weight, on fused low-bit kernels."""
+
+from .backend import explain, refresh
+from .errors import ArgumentError, LqError, Reason, StrictError
+from .quantize import QuantLinear, quantize
+from .report import Report
+
+__all__ = [
+    "ArgumentError",
+    "LqError",
+    "QuantLinear",
+    "Reason",
+    "Report",
+    "StrictError",
+    "explain",
+    "quantize",
+    "refresh",
+]

@@ -142,3 +142,50 @@ def narrowest(values: torch.Tensor) -> str:
         if torch.equal(values.to(dtype).to(values.dtype), values):
             return name
     return "float32"
+
+
+def refit(w: QWeight, format: Format, table_shape: tuple[int, ...] | None = None) -> QWeight | None:
+    """`w` exactly as a weight of another format, or None where that format cannot hold it.
+
+    New values may need fewer bits, larger groups or no zero; the packed buffers of the old ones still hold them.
+    """
+    f = w.format
+    if f.form != format.form or f.bits > format.bits or f.group % format.group:
+        return None
+    repeat = f.group // format.group
+    grouped = {}
+    for name in GROUPED:
+        value = getattr(w, name)
+        grouped[name] = None if value is None else value.repeat_interleave(repeat, dim=1)
+    dtype = SCALE_DTYPES[format.scale_dtype]
+    for name in ("scale", "alpha", "offset"):
+        value = grouped[name]
+        if value is not None and format.scale_dtype != "float32":
+            if not torch.equal(value.to(dtype).to(value.dtype), value):
+                return None
+    codes, table = w.codes, w.table
+    if f.form == "affine" and f.zero != format.zero:
+        if format.zero == "none" or f.zero == "float":
+            return None
+        zero = grouped["zero"]
+        if zero is None:
+            half = 1 << f.bits - 1
+            codes = (codes.to(torch.int16) + half).to(torch.uint8)
+            assert grouped["scale"] is not None
+            zero = torch.full(grouped["scale"].shape, half, dtype=torch.int16, device=codes.device)
+        grouped["zero"] = zero.to(torch.float64) if format.zero == "float" else zero
+    if f.form == "binary":
+        alpha = grouped["alpha"]
+        assert alpha is not None
+        grouped["alpha"] = torch.nn.functional.pad(alpha, (0, format.bits - f.bits))
+        if (grouped["offset"] is None) != (format.zero == "none"):
+            if format.zero == "none":
+                return None
+            grouped["offset"] = torch.zeros_like(alpha[..., 0])
+    if table is not None:
+        if table_shape is None or table.ndim != len(table_shape):
+            return None
+        table = torch.nn.functional.pad(table, (0, (1 << format.bits) - table.shape[-1]))
+        if table.ndim == 3:
+            table = table.repeat_interleave(repeat, dim=1)
+    return QWeight(format, w.n, w.k, codes, table=table, perm=w.perm, **grouped)

@@ -132,7 +132,7 @@ class Report:
         counts = f"{self.rewritten} of {total} matmuls rewritten"
         if not self.rewritten:
             return counts
-        return f"{counts}      weights {_size(self.bytes_before)} -> {_size(self.bytes_after)}"
+        return f"{counts}      weights {size(self.bytes_before)} -> {size(self.bytes_after)}"
 
     def _rewritten_lines(self) -> list[str]:
         rows = Counter(
@@ -244,7 +244,8 @@ def _kernels(pieces: tuple[Piece, ...]) -> str:
     return ", ".join(f"{_fit(p.kernel, 30)} for {_range(p)}" for p in pieces)
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """A number of bytes in words, with decimal units: 42.5 MB."""
     power = min(len(str(count)) - 1, 14) // 3
     return f"{count} B" if not power else f"{count / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 

@@ -17,16 +17,10 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 # A module may import what stands before it, never what stands after.
-ORDER = """errors types config formats device cache cost kernels quantize passes report freshness backend
-    cli demo doctor""".split()
-LEVEL = {name: i for i, name in enumerate(ORDER)}
-for name, beside in {"quantize": "kernels", "freshness": "backend", "demo": "cli", "doctor": "cli"}.items():
-    LEVEL[name] = LEVEL[beside]
-
-
-def room(parts):
-    """The noun of ORDER that a module `lqcompile.<parts>` belongs to; "" for the package itself."""
-    return parts[0] if parts else ""
+ORDER = "errors types config formats device cache cost kernels passes report backend cli"
+LEVEL = {name: i for i, name in enumerate(ORDER.split(" "))}
+BESIDE = {"quantize": "formats", "freshness": "backend", "demo": "cli", "doctor": "cli"}
+LEVEL |= {name: LEVEL[beside] for name, beside in BESIDE.items()}
 
 
 def inside(path):
@@ -56,19 +50,15 @@ def label(path):
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if inside(p)], ids=label)
 def test_imports_go_one_way(path):
-    here = room(inside(path))
+    here = inside(path)[0]
     assert here in LEVEL, f"{here} has no place in ORDER"
     for name in imports(path):
-        parts = name.split(".")
-        if parts[0] != "lqcompile" or len(parts) == 1:
+        package, there, *below = [*name.split("."), "", ""][:3]
+        if package != "lqcompile" or there not in LEVEL:
             continue
-        there = room(parts[1:])
-        if there not in LEVEL:
-            continue
-        assert LEVEL[there] <= LEVEL[here], f"{label(path)} imports {name}"
-        if there == "kernels" and here == "quantize":
-            assert parts[:3] in (["lqcompile", "kernels"], ["lqcompile", "kernels", "layout"]), name
-        if parts[1:3] == ["kernels", "ops"] and here == "passes":
+        layout = here == "quantize" and there == "kernels" and below in (["layout"], [""])
+        assert LEVEL[there] <= LEVEL[here] or layout, f"{label(path)} imports {name}"
+        if (here, there, *below) == ("passes", "kernels", "ops"):
             assert inside(path) == ("passes", "lower"), f"{label(path)} touches kernels.ops"
     if here == "kernels":
         assert not any(name.startswith("torch.fx") for name in imports(path))

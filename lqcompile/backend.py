@@ -1,0 +1,222 @@
+"""The torch.compile door: rewrite the Dynamo graph, keep the packed weights fresh, hand the rest to Inductor."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import operator
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .config import Config, make
+from .device import Device
+from .errors import ArgumentError, Refused, StrictError
+from .freshness import Snapshot
+from .kernels import ops
+from .passes import pipeline
+from .passes.constants import fake_value
+from .passes.evaluate import undisturbed
+from .passes.lower import copy_module
+from .passes.pipeline import Outcome
+from .passes.plan import Packed
+from .passes.recognise import Recovered
+from .report import PassRecord, Report
+
+_LIVE: weakref.WeakSet[Compiled] = weakref.WeakSet()
+
+
+def lq(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend "lq" of torch.compile.
+
+    mode      as Inductor's: "default", "reduce-overhead", "max-autotune", ...
+    options   "strict", "check_weights" (see config.Config), "mode", and any option of Inductor
+    Raises ArgumentError for an unknown option, StrictError for a failure of ours in strict mode.
+    """
+    config = make(mode, options)
+    outcome = pipeline.run(module, example_inputs, config)
+    for warning in outcome.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return _compile(module, example_inputs, config, outcome)
+
+
+def _reset() -> None:
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()
+
+
+lq.reset = _reset  # type: ignore[attr-defined]
+
+
+def _compile(
+    module: fx.GraphModule, inputs: Sequence[Any], config: Config, outcome: Outcome
+) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    ops.register_lowerings()
+    patches = {**config.inductor, "post_grad_custom_pre_pass": _Fingerprint(config)}
+    lowered = outcome.lowered
+    if lowered is None:
+        return compile_fx(copy_module(module)[0], list(inputs), config_patches=patches)
+    taken = [*lowered.packed, *(inputs[i] for i in lowered.kept)]
+    compiled = compile_fx(lowered.module, taken, config_patches=patches)
+    return Compiled(module, inputs, config, outcome, compiled)
+
+
+class _Fingerprint(CustomGraphPass):
+    """A pass that does nothing: its uuid puts our version and options into both of Inductor's cache keys.
+
+    A pass that the user had set runs inside it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        previous = config.inductor.get("post_grad_custom_pre_pass", torch._inductor.config.post_grad_custom_pre_pass)
+        passes = previous if isinstance(previous, (list, tuple)) else [previous]
+        self._previous = [p for p in passes if p is not None]
+        self._text = f"{version()} {ops.VERSION} {config.fingerprint}"
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for previous in self._previous:
+            previous(graph)
+
+    def uuid(self) -> Any:
+        theirs = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._previous]
+        # A pass without an identity makes the graph uncacheable, as it does without us.
+        if any(identity is None for identity in theirs):
+            return None
+        return hashlib.sha256(f"{self._text} {theirs}".encode()).hexdigest()
+
+
+@functools.cache
+def version() -> str:
+    """The installed version of lqcompile."""
+    return importlib.metadata.version("lqcompile")
+
+
+class Compiled:
+    """A compiled graph and the packed weights that it takes in place of their sources."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[Any],
+        config: Config,
+        outcome: Outcome,
+        compiled: Callable[..., Any],
+    ) -> None:
+        self._module, self._config = module, config
+        self._place = {n: i for i, n in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
+        self._adopt(inputs, outcome, compiled)
+        _LIVE.add(self)
+
+    def _adopt(self, inputs: Sequence[Any], outcome: Outcome, compiled: Callable[..., Any]) -> None:
+        lowered = outcome.lowered
+        self._compiled = compiled
+        self._packed = lowered.packed if lowered else ()
+        self._kept = _getter(lowered.kept if lowered else range(len(self._place)))
+        plans: dict[int, tuple[Recovered, list[int], tuple[Packed, ...]]] = {}
+        for plan in outcome.plans:
+            where = [self._place.get(n, -1) for n in plan.match.source_nodes]
+            plans[id(plan.match.recovered)] = (plan.match.recovered, where, plan.packed)
+        self._plans = tuple(plans.values())
+        self._sources = _getter(sorted({i for _, where, _ in self._plans for i in where if i >= 0}))
+        self._snapshot: Snapshot | None = Snapshot(self._sources(inputs))
+
+    def __call__(self, *args: Any) -> Any:
+        snapshot = self._snapshot
+        if snapshot is None or (
+            self._config.check_weights == "every_call" and snapshot.changed(self._sources(args))
+        ):
+            self._refresh(args)
+        return self._compiled(*self._packed, *self._kept(args))
+
+    def _refresh(self, args: tuple[Any, ...]) -> None:
+        """Packs again what has changed, in place. Weights that no longer fit their format are planned anew."""
+        try:
+            with undisturbed():
+                fits = all(_update(args, *plan) for plan in self._plans)
+        except Refused:
+            fits = False
+        if fits:
+            self._snapshot = Snapshot(self._sources(args))
+            return
+        outcome = pipeline.run(self._module, args, self._config)
+        for warning in outcome.warnings:
+            warnings.warn(warning, stacklevel=3)
+        module = outcome.lowered.module if outcome.lowered else copy_module(self._module)[0]
+        # Dynamo traces the lowered graph again, outside of the compilation that made it: shapes stay as dynamic.
+        self._adopt(args, outcome, torch.compile(module, backend="inductor", options=dict(self._config.inductor)))
+
+    def forget(self) -> None:
+        """The next call packs every weight again."""
+        self._snapshot = None
+
+
+def _update(args: tuple[Any, ...], recovered: Recovered, where: list[int], packed: tuple[Packed, ...]) -> bool:
+    sources = [args[i] if i >= 0 else old for i, old in zip(where, recovered.sources, strict=True)]
+    weights = recovered.again(sources).weights
+    return len(weights) == len(packed) and all(p.update(w) for p, w in zip(packed, weights, strict=True))
+
+
+def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda args: tuple(args[i] for i in places)
+
+
+def refresh(model: torch.nn.Module | None = None) -> None:
+    """Makes every compiled graph pack its weights again on its next call.
+
+    Only needed after a change that leaves no trace, such as `p.data.mul_(2)` or a write through numpy, with
+    options={"check_weights": "never"}, or for tensors made in inference mode. Graphs are not told apart by model: packing
+    again is always right. Raises ArgumentError unless `model` is a module or None.
+    """
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise ArgumentError("model", type(model).__name__, "a torch.nn.Module, or None for all")
+    for compiled in list(_LIVE):
+        compiled.forget()
+
+
+def explain(
+    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Report:
+    """Runs `model(*inputs, **kwargs)` once, without compiling, and reports what "lq" would make of each matmul.
+
+    Raises ArgumentError for an unknown option, and whatever the model itself raises.
+    """
+    config = make(None, options)
+    reports: list[Report] = []
+
+    def plan_only(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        reports.append(report_of(module, pipeline.run(module, example_inputs, config)))
+        return module.forward
+
+    function = getattr(model, "_orig_mod", model)
+    torch.compile(function, backend=plan_only)(*inputs, **kwargs)
+    return Report.merged(reports) if reports else Report({}, ())
+
+
+def report_of(module: fx.GraphModule, outcome: Outcome) -> Report:
+    """The report of one graph."""
+    fakes = (fake_value(n) for n in module.graph.nodes)
+    kind = next((t.device for t in fakes if isinstance(t, Tensor)), torch.device("cpu"))
+    device = Device.of(kind) if kind.type in ("cpu", "cuda") else None
+    facts = {"name": device.name if device else str(kind), "kind": kind.type, "real": True}
+    passes = tuple(PassRecord(*record) for record in outcome.passes)
+    return Report(facts, tuple(outcome.decisions), passes, tuple(outcome.warnings))
+
+
+__all__ = ["StrictError", "explain", "lq", "refresh"]

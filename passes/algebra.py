@@ -1,0 +1,248 @@
+"""The algebra of a dequantized weight, carried through the operations that compute it.
+
+A `Form` is what a float tensor equals, exactly: sum_i coef_i * codes_i + offset, where codes_i are integers (or places in
+a short list of levels) and coef_i, offset are float64, all broadcast to the tensor's shape. Views, gathers, writes
+and casts move its pieces about; sums and products combine them. Whatever is not understood makes a Form without
+terms, a plain constant, so that ignorance is never wrong: recognition from the values alone takes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+MAX_TERMS = 16
+MAX_TABLE = 4096
+
+
+@dataclass(frozen=True)
+class Term:
+    """coef * codes, or coef * levels[codes] where there are levels."""
+
+    coef: Tensor
+    codes: Tensor
+    levels: Tensor | None = None
+
+    def values(self) -> Tensor:
+        """The term without its coefficient, in float64."""
+        return self.codes.to(torch.float64) if self.levels is None else self.levels[self.codes.long()]
+
+
+@dataclass(frozen=True)
+class Form:
+    """sum of terms + offset, broadcast to `shape`. A piece with one element is the same everywhere."""
+
+    shape: tuple[int, ...]
+    terms: tuple[Term, ...]
+    offset: Tensor
+
+
+def constant(value: Tensor | float, shape: Sequence[int] = ()) -> Form:
+    """A plain float64 value: no terms."""
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return Form(tuple(tensor.shape) if isinstance(value, Tensor) else tuple(shape), (), tensor)
+
+
+def integer(codes: Tensor) -> Form:
+    """An integer or boolean tensor, as the float it is about to become."""
+    one = torch.ones((), dtype=torch.float64, device=codes.device)
+    codes = codes.to(torch.uint8) if codes.dtype == torch.bool else codes
+    return Form(tuple(codes.shape), (Term(one, codes),), torch.zeros_like(one))
+
+
+def lookup(levels: Tensor, codes: Tensor) -> Form:
+    """levels[codes]: a table, by its distinct values."""
+    form = integer(codes)
+    return replace(form, terms=(replace(form.terms[0], levels=levels),))
+
+
+def levels_of(table: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The distinct values of a short float64 table and each entry's place among them; None if it is no such table."""
+    if not 2 <= table.numel() <= MAX_TABLE or not bool(torch.isfinite(table).all()):
+        return None
+    levels, inverse = torch.unique(table, return_inverse=True)
+    return (levels, inverse) if levels.numel() <= 256 else None
+
+
+def is_uniform(t: Tensor) -> bool:
+    """Whether a piece is one number everywhere."""
+    return t.numel() == 1
+
+
+def moved(form: Form, shape: Sequence[int], move: Callable[[Tensor], Tensor]) -> Form:
+    """A form whose elements were moved about by `move`, applied to each piece at full shape."""
+
+    def apply(piece: Tensor) -> Tensor:
+        return piece.reshape(()) if is_uniform(piece) else move(piece.expand(form.shape))
+
+    def codes(piece: Tensor) -> Tensor:
+        return move(piece.expand(form.shape))
+
+    terms = tuple(replace(t, coef=apply(t.coef), codes=codes(t.codes)) for t in form.terms)
+    return Form(tuple(shape), terms, apply(form.offset))
+
+
+def joined(forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Tensor]], Tensor]) -> Form | None:
+    """Several forms assembled into one tensor by `join` (cat, stack, a write into a slice). None if they do not agree.
+
+    A form without a term, such as a fresh buffer that is written over, adds 0 * codes there.
+    """
+    count = max(len(f.terms) for f in forms)
+    if count == 0:
+        return None
+
+    def pieces(found: list[Tensor], padding: list[bool] | None = None) -> Tensor:
+        known = [p for p, padded in zip(found, padding or [False] * len(found), strict=True) if not padded]
+        if all(is_uniform(p) for p in known) and all(bool(p == known[0]) for p in known):
+            return known[0].reshape(())
+        return join([p.expand(f.shape) for p, f in zip(found, forms, strict=True)])
+
+    terms = []
+    for i in range(count):
+        known = [f.terms[i] for f in forms if len(f.terms) > i]
+        levels = known[0].levels
+        same = all((t.levels is None) == (levels is None) for t in known)
+        if not same or (levels is not None and not all(torch.equal(t.levels, levels) for t in known if t.levels is not None)):
+            return None
+        dtypes = {t.codes.dtype for t in known}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.int32
+        nothing = torch.zeros((), dtype=dtype, device=known[0].codes.device)
+        absent = [len(f.terms) <= i for f in forms]
+        codes = [nothing if a else f.terms[i].codes.to(dtype) for f, a in zip(forms, absent, strict=True)]
+        zero = torch.zeros_like(known[0].coef.reshape(-1)[0])
+        coefs = [zero if a else f.terms[i].coef for f, a in zip(forms, absent, strict=True)]
+        whole = join([c.expand(f.shape) for c, f in zip(codes, forms, strict=True)])
+        terms.append(Term(pieces(coefs, absent), whole, levels))
+    return Form(tuple(shape), tuple(terms), pieces([f.offset for f in forms]))
+
+
+def scaled(form: Form, factor: Tensor, shape: Sequence[int]) -> Form:
+    """A form times a constant that broadcasts against it."""
+    shape = tuple(shape)
+    terms = tuple(Term(_aligned(t.coef, form, factor), *_spread(t, form, shape)) for t in form.terms)
+    return Form(shape, terms, _aligned(form.offset, form, factor))
+
+
+def _aligned(piece: Tensor, form: Form, factor: Tensor) -> Tensor:
+    return piece * factor if is_uniform(piece) or is_uniform(factor) else piece.expand(form.shape) * factor
+
+
+def _spread(term: Term, form: Form, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    return term.codes.expand(form.shape).expand(shape), term.levels
+
+
+def divided(form: Form, divisor: Tensor, shape: Sequence[int]) -> Form:
+    """A form over a constant."""
+    shape = tuple(shape)
+    terms = tuple(
+        Term(t.coef / divisor if is_uniform(t.coef) else t.coef.expand(form.shape) / divisor, *_spread(t, form, shape))
+        for t in form.terms
+    )
+    offset = form.offset if is_uniform(form.offset) else form.offset.expand(form.shape)
+    return Form(shape, terms, offset / divisor)
+
+
+def product(a: Form, b: Form, a_value: Tensor, b_value: Tensor, shape: Sequence[int]) -> Form:
+    """The product of two forms, whose values in float64 are given too. One becomes a plain constant if it is not.
+
+    The codes are in the larger one; between equals, plain codes win over a look-up: scales may be gathered by index.
+    """
+    if a.terms and b.terms:
+
+        def weight(f: Form) -> tuple[bool, int]:
+            return all(t.levels is None for t in f.terms), max(t.codes.numel() for t in f.terms)
+
+        rank_a, rank_b = weight(a), weight(b)
+        a_is_codes = (rank_a[1], rank_a[0]) >= (rank_b[1], rank_b[0])
+        return scaled(a, b_value, shape) if a_is_codes else scaled(b, a_value, shape)
+    return scaled(a, b.offset, shape) if a.terms else scaled(b, a.offset, shape)
+
+
+def added(a: Form, b: Form, shape: Sequence[int]) -> Form:
+    """The sum of two forms. Integer terms with the same coefficient, such as codes and zero points, become one."""
+    shape = tuple(shape)
+    offset = _sum(a.offset, a, b.offset, b)
+    terms = [replace(t, codes=t.codes.expand(a.shape).expand(shape)) for t in a.terms]
+    terms = [_full(t, a, shape) for t in terms]
+    for other in b.terms:
+        extra = _full(replace(other, codes=other.codes.expand(b.shape).expand(shape)), b, shape)
+        for i, term in enumerate(terms):
+            both = _merged(term, extra)
+            if both is not None:
+                terms[i] = both
+                break
+        else:
+            terms.append(extra)
+    return Form(shape, tuple(terms[: MAX_TERMS + 1]), offset)
+
+
+def _sum(x: Tensor, a: Form, y: Tensor, b: Form) -> Tensor:
+    x = x if is_uniform(x) else x.expand(a.shape)
+    y = y if is_uniform(y) else y.expand(b.shape)
+    return x + y
+
+
+def _full(term: Term, form: Form, shape: tuple[int, ...]) -> Term:
+    if is_uniform(term.coef):
+        return term
+    return replace(term, coef=term.coef.expand(form.shape).expand(shape))
+
+
+def _merged(a: Term, b: Term) -> Term | None:
+    if a.levels is not None or b.levels is not None:
+        return None
+    if is_uniform(a.coef) and is_uniform(b.coef):
+        x, y = float(a.coef), float(b.coef)
+        if x == int(x) and y == int(y) and max(abs(x), abs(y)) <= 256:
+            codes = a.codes.to(torch.int32) * int(x) + b.codes.to(torch.int32) * int(y)
+            return Term(torch.ones_like(a.coef.reshape(())), codes)
+        return Term(a.coef, a.codes.to(torch.int32) - b.codes.to(torch.int32)) if x == -y else None
+    # Equal coefficients of opposite sign: codes * scale - zero * scale. Planes of a binary code have none such.
+    if a.coef.shape == b.coef.shape and torch.equal(a.coef, -b.coef):
+        return Term(a.coef, a.codes.to(torch.int32) - b.codes.to(torch.int32))
+    return None
+
+
+def summed(form: Form, dim: int, keepdim: bool) -> Form | None:
+    """A sum over one short dimension: a term for each of its places, as in a sum over bit planes."""
+    size = form.shape[dim]
+    if not form.terms or size * len(form.terms) > MAX_TERMS:
+        return None
+    terms = []
+    for term in form.terms:
+        for i in range(size):
+            codes = term.codes.expand(form.shape).select(dim, i)
+            coef = term.coef if is_uniform(term.coef) else term.coef.expand(form.shape).select(dim, i)
+            if keepdim:
+                codes = codes.unsqueeze(dim)
+                coef = coef if is_uniform(coef) else coef.unsqueeze(dim)
+            terms.append(Term(coef, codes, term.levels))
+    offset = form.offset.expand(form.shape).sum(dim, keepdim=keepdim)
+    return Form(tuple(terms[0].codes.shape), tuple(terms), offset)
+
+
+def multiplied(left: Form, right: Form, left_value: Tensor, right_value: Tensor) -> Form | None:
+    """A matrix product inside the weight, if one side is constant and the sum is short: sum_i alpha[:, i] * b[i, :]."""
+    inner = left.shape[-1]
+    if bool(left.terms) == bool(right.terms):
+        return None
+    if left.terms:
+        whole = (*left.shape, right.shape[-1])
+        lifted = moved(left, (*left.shape, 1), lambda t: t.unsqueeze(-1))
+        return summed(scaled(lifted, right_value.unsqueeze(-3), whole), len(whole) - 2, False) if inner <= 8 else None
+    whole = (*left.shape, right.shape[-1])
+    lifted = moved(right, (*right.shape[:-2], 1, *right.shape[-2:]), lambda t: t.unsqueeze(-3))
+    return summed(scaled(lifted, left_value.unsqueeze(-1), whole), len(whole) - 2, False) if inner <= 8 else None
+
+
+def masked(condition: Tensor, a: Tensor, b: Tensor, shape: Sequence[int]) -> Form | None:
+    """where(condition, a, b) between two plain constants: a one-bit code."""
+    coef = a - b
+    if not bool(torch.isfinite(coef).all()) or not bool(torch.isfinite(b).all()):
+        return None
+    codes = condition.to(torch.uint8).expand(shape)
+    expand = lambda t: t.reshape(()) if is_uniform(t) else t.expand(shape)  # noqa: E731
+    return Form(tuple(shape), (Term(expand(coef), codes),), expand(b))

@@ -1,0 +1,240 @@
+"""Writes a new graph in which each planned matmul is one custom op on packed weights.
+
+Dynamo's own graph is never edited: it reads its placeholders again after the backend returns. Packed weights become new
+static placeholders, in front of the others, so that no value is baked into the graph and Inductor's caches stay right.
+Output shape, strides and dtype are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..kernels import ops
+from .constants import Constants, fake_value, storage_of, written
+from .plan import Packed, Plan
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The new graph. It takes the tensors of `packed`, then the arguments of the old graph at `kept`."""
+
+    module: fx.GraphModule
+    packed: tuple[Tensor, ...]
+    kept: tuple[int, ...]
+    emitted: tuple[tuple[fx.Node, tuple[fx.Node, ...]], ...]
+    copies: dict[fx.Node, fx.Node]
+
+
+def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of Dynamo's graph with all that it notes beside it, and the copy of each node."""
+    graph, copies = fx.Graph(), {}
+    for node in module.graph.nodes:
+        copies[node] = copy = graph.node_copy(node, copies.__getitem__)
+        if hasattr(node, "_dynamo_source"):
+            copy._dynamo_source = node._dynamo_source
+    new = fx.GraphModule(module, graph)
+    new.meta = dict(module.meta)
+    for name in ("_param_name_to_source", "_backend_id"):
+        if hasattr(module, name):
+            value = getattr(module, name)
+            setattr(new, name, dict(value) if isinstance(value, dict) else value)
+    return new, copies
+
+
+def lower(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan]) -> Lowered:
+    """The lowered copy of `module`."""
+    new, copies = copy_module(module)
+    graph = new.graph
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    # Of the graph's own values: Dynamo hands its backends another mode in the tracing context.
+    fakes = map(fake_value, module.graph.nodes)
+    fake_mode = next(f.fake_mode for f in fakes if isinstance(f, FakeTensor))
+    inputs = _Inputs(graph, fake_mode)
+    emitted = []
+    for plan in plans:
+        emit = _Emitter(graph, copies[plan.match.output], fake_mode)
+        result = _matmul(plan, emit, inputs, copies)
+        copies[plan.match.output].replace_all_uses_with(result)
+        emitted.append((result, tuple(emit.nodes)))
+    _erase(module, constants, plans, copies)
+    kept = []
+    for i, node in enumerate(placeholders):
+        if not copies[node].users and node in constants.values:
+            graph.erase_node(copies[node])
+        else:
+            kept.append(i)
+    graph.lint()
+    new.recompile()
+    return Lowered(new, tuple(inputs.tensors), tuple(kept), tuple(emitted), copies)
+
+
+class _Inputs:
+    """The new placeholders, one for each packed tensor, in front of all others."""
+
+    def __init__(self, graph: fx.Graph, fake_mode: Any) -> None:
+        self.graph, self.fake_mode = graph, fake_mode
+        self.tensors: list[Tensor] = []
+        self._nodes: dict[int, fx.Node] = {}
+        self._first = next(iter(graph.nodes))
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """The placeholder of a packed tensor."""
+        if id(tensor) not in self._nodes:
+            name = f"lq_packed_{len(self.tensors)}"
+            with self.graph.inserting_before(self._first):
+                node = self.graph.placeholder(name)
+            node.type = Tensor
+            node._dynamo_source = ConstantSource(name)
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            node.meta["example_value"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+            self._nodes[id(tensor)] = node
+            self.tensors.append(tensor)
+        return self._nodes[id(tensor)]
+
+
+class _Emitter:
+    """Adds nodes before an anchor, each with the fake value that the rest of the compiler reads."""
+
+    def __init__(self, graph: fx.Graph, anchor: fx.Node, fake_mode: Any) -> None:
+        self.graph, self.anchor, self.fake_mode = graph, anchor, fake_mode
+        self.nodes: list[fx.Node] = []
+
+    def __call__(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        op = "call_method" if isinstance(target, str) else "call_function"
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.create_node(op, target, args, kwargs)
+        for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if name in self.anchor.meta:
+                node.meta[name] = self.anchor.meta[name]
+        with self.fake_mode:
+            fakes, named = fx.node.map_arg((args, kwargs), fake_value)
+            node.meta["example_value"] = (
+                getattr(fakes[0], target)(*fakes[1:], **named) if isinstance(target, str) else target(*fakes, **named)
+            )
+        self.nodes.append(node)
+        return node
+
+
+def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    match, r = plan.match, plan.match.roles
+    wanted = fake_value(match.output)
+    bias = copies[match.bias] if match.bias is not None else None
+    x = _operand(plan, emit, copies[match.x], wanted.dtype)
+    c = match.contraction
+    along_n = bias is not None and (c.bias_along_n or (r.y_labels[-1:] == r.n and fake_value(bias).ndim == 1))
+    fuse = bias is not None and along_n and not r.batch and c.alpha == 1 and c.beta == 1 and len(r.n) <= 1
+    fused = None
+    if fuse:
+        fused = emit("reshape", _cast(emit, bias, wanted.dtype), (plan.packed[0].n,))
+        fuse = fake_value(fused).numel() == plan.packed[0].n
+    if r.batch:
+        rows = [_gemm(plan, p, emit, inputs, emit("select", x, 0, i), None) for i, p in enumerate(plan.packed)]
+        y = emit(torch.stack, rows, 0)
+        if len(r.batch) > 1:
+            y = emit("unflatten", y, 0, _sizes(match.roles.x_labels, fake_value(match.x), r.batch))
+    else:
+        y = _gemm(plan, plan.packed[0], emit, inputs, x, fused)
+    if not r.n:
+        y = emit("squeeze", y, -1)
+    elif len(r.n) > 1:
+        w = c.a if match.x is c.b else c.b
+        y = emit("unflatten", y, -1, _sizes(r.w_labels, fake_value(w), r.n))
+    order = [(*r.batch, *r.m, *r.n).index(label) for label in r.y_labels]
+    if order != sorted(order):
+        y = emit("permute", y, order)
+    if c.alpha != 1:
+        y = emit(torch.mul, y, c.alpha)
+    if bias is not None and not fuse:
+        bias = _cast(emit, bias, wanted.dtype)
+        y = emit(torch.add, y, bias if c.beta == 1 else emit(torch.mul, bias, c.beta))
+    return _with_strides(emit, y, wanted)
+
+
+def _operand(plan: Plan, emit: _Emitter, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """x as [batch?, m..., k], in the dtype of the result."""
+    r = plan.match.roles
+    dropped = [i for i, label in enumerate(r.x_labels) if label[-1] == "!"]
+    labels = [label for label in r.x_labels if label[-1] != "!"]
+    if dropped:
+        x = emit("squeeze", x, dropped)
+    order = [labels.index(label) for label in (*r.batch, *r.m, *r.k)]
+    if order != sorted(order):
+        x = emit("permute", x, order)
+    if len(r.k) > 1:
+        x = emit("flatten", x, -len(r.k), -1)
+    if len(r.batch) > 1:
+        x = emit("flatten", x, 0, len(r.batch) - 1)
+    return _cast(emit, x, dtype)
+
+
+def _gemm(plan: Plan, packed: Packed, emit: _Emitter, inputs: _Inputs, x: fx.Node, bias: fx.Node | None) -> fx.Node:
+    if packed.perm is not None:
+        x = emit(torch.index_select, x, fake_value(x).ndim - 1, inputs.node(packed.perm))
+    parts = [inputs.node(part) for part in packed.parts]
+    op = ops.GEMMS[plan.layout]
+    return emit(op, x, parts, bias, packed.n, packed.k, packed.format.spec, plan.route)
+
+
+def _cast(emit: _Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if fake_value(node).dtype == dtype else emit("to", node, dtype)
+
+
+def _sizes(labels: Sequence[str], value: Tensor, wanted: Sequence[str]) -> tuple[int, ...]:
+    found = dict(zip(labels, value.shape, strict=True))
+    return tuple(int(found[label]) for label in wanted)
+
+
+def _with_strides(emit: _Emitter, y: fx.Node, wanted: Tensor) -> fx.Node:
+    """y laid out as eager would: what follows may view it."""
+    have = fake_value(y)
+    # Symbols are compared as text: comparing their values would add a guard.
+    if [str(s) for s in have.stride()] == [str(s) for s in wanted.stride()]:
+        return y
+    if all(isinstance(s, int) for s in (*wanted.stride(), *wanted.shape)):
+        order = sorted(range(wanted.ndim), key=lambda i: wanted.stride(i), reverse=True)
+        inverse = [order.index(i) for i in range(wanted.ndim)]
+        return emit("permute", emit("contiguous", emit("permute", y, order)), inverse)
+    return emit("contiguous", y) if wanted.is_contiguous() else y
+
+
+def _erase(
+    module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], copies: dict[fx.Node, fx.Node]
+) -> None:
+    """Erases what only the replaced matmuls used. A write stays unless all that it writes to goes."""
+    gone: set[fx.Node] = set()
+    for plan in plans:
+        match, node = plan.match, plan.match.output
+        while True:
+            gone.add(node)
+            for operand in node.all_input_nodes:
+                if operand in constants and operand is not match.bias:
+                    gone |= {n for n in constants.slice(operand, node).nodes if n not in constants.values}
+            if node is match.anchor:
+                break
+            node = next(n for n in node.all_input_nodes if n not in constants)
+    outputs = {plan.match.output for plan in plans}
+    by_storage: dict[int, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        storage = storage_of(node)
+        if storage is not None:
+            by_storage.setdefault(storage, []).append(node)
+    while True:
+        stay = {
+            node
+            for node in gone
+            if any(user not in gone for user in node.users if node not in outputs)
+            or any(n not in gone for t in written(node) for n in by_storage.get(storage_of(t) or 0, ()))
+        }
+        if not stay:
+            break
+        gone -= stay
+    for node in reversed(list(module.graph.nodes)):
+        if node in gone:
+            copies[node].graph.erase_node(copies[node])

@@ -1,0 +1,128 @@
+"""The passes in order: recognise, plan, lower, verify. Each is timed; if one fails, the user's graph is used as it was."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from ..config import Config
+from ..errors import Reason, Refused, StrictError
+from ..types import Decision
+from .constants import Constants, fake_value
+from .lower import Lowered, lower
+from .plan import Plan, Planner
+from .recognise import Kept, Match, Recogniser
+from .verify import verify
+
+T = TypeVar("T")
+
+
+@dataclass
+class Outcome:
+    """What became of one graph. `lowered` is None where nothing was rewritten."""
+
+    decisions: list[Decision] = field(default_factory=list)
+    lowered: Lowered | None = None
+    plans: list[Plan] = field(default_factory=list)
+    constants: Constants | None = None
+    passes: list[tuple[str, float, int]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    analysed: int = 0
+
+
+def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Outcome:
+    """Runs the passes over Dynamo's graph and its real inputs. Never changes `module`; raises only in strict mode."""
+    outcome = Outcome()
+    found: list[Match | Kept] = []
+    try:
+        values = static_values(module, inputs)
+        constants = outcome.constants = Constants(module.graph, values)
+        recogniser = Recogniser(module, constants)
+        found = _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
+        outcome.analysed = recogniser.analysed
+        plans, refused = _timed(outcome, "plan", lambda: _plan(found), lambda p: len(p[0]))
+        if plans:
+            lowered = _timed(outcome, "lower", lambda: lower(module, constants, plans), lambda _: len(plans))
+            _timed(outcome, "verify", lambda: verify(module, constants, plans, lowered), lambda _: 0)
+            outcome.lowered, outcome.plans = lowered, plans
+        by_node = {plan.match.anchor: plan for plan in plans}
+        for item in found:
+            node = item.anchor if isinstance(item, Match) else item.node
+            outcome.decisions.append(_decision(item, by_node.get(node), refused.get(node)))
+    except Exception as error:  # noqa: BLE001  whatever fails in here must not fail the user's program
+        if config.strict:
+            raise StrictError(f"{type(error).__name__}: {error}") from error
+        outcome.lowered, outcome.plans = None, []
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        outcome.warnings.append(
+            f"lqcompile left a graph to Inductor: {type(error).__name__} at {last.filename}:{last.lineno}: {error}"
+        )
+        outcome.decisions = [_decision(item, None, Reason.PASS_FAILED) for item in found]
+    return outcome
+
+
+def static_values(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
+    """The real tensors of the graph's parameters, buffers and attributes."""
+    values: dict[fx.Node, Tensor] = {}
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=True):
+        static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+        if isinstance(value, Tensor) and static and isinstance(fake_value(node), Tensor):
+            values[node] = value
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            owner: Any = module
+            for name in str(node.target).split("."):
+                owner = getattr(owner, name)
+            if isinstance(owner, Tensor):
+                values[node] = owner
+    return values
+
+
+def _timed(outcome: Outcome, name: str, work: Callable[[], T], count: Callable[[T], int]) -> T:
+    start = time.perf_counter()
+    result = work()
+    outcome.passes.append((name, time.perf_counter() - start, count(result)))
+    return result
+
+
+def _plan(found: Sequence[Match | Kept]) -> tuple[list[Plan], dict[fx.Node, Reason]]:
+    planner, plans, refused = Planner(), [], {}
+    with torch.inference_mode(False), torch.no_grad():
+        for match in found:
+            if isinstance(match, Match):
+                try:
+                    plans.append(planner.plan(match))
+                except Refused as refusal:
+                    refused[match.anchor] = refusal.reason
+    return plans, refused
+
+
+def _decision(item: Match | Kept, plan: Plan | None, refused: Reason | None) -> Decision:
+    if isinstance(item, Kept):
+        return Decision(item.where, "kept", reason=item.reason, near_misses=item.near_misses)
+    first = item.recovered.weights[0]
+    wanted = fake_value(item.output)
+    problem = {"n": first.n, "k": first.k, "x_dtype": str(wanted.dtype).removeprefix("torch.")}
+    if plan is None:
+        return Decision(item.where, "kept", problem, first.format, reason=refused or Reason.PASS_FAILED)
+    problem = {"m": str(plan.m), **problem, "bias": item.bias is not None}
+    before = sum(t.numel() * t.element_size() for t in item.recovered.sources)
+    return Decision(
+        where=item.where,
+        outcome="rewritten",
+        problem=problem,
+        format=first.format,
+        rule=item.recovered.rule,
+        proof=item.recovered.proof,
+        layout=plan.layout,
+        pieces=plan.pieces,
+        bytes_before=before,
+        bytes_after=sum(p.bytes for p in plan.packed),
+    )

@@ -1,0 +1,151 @@
+"""Which layout a weight is packed in, which kernel serves which range of m, and the packed weight itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from .. import cost
+from ..device import Device
+from ..errors import Reason, Refused
+from ..formats import refit
+from ..kernels import registry
+from ..kernels.layout import LAYOUTS
+from ..kernels.registry import Call
+from ..types import Candidate, Format, Piece, Problem, QWeight
+from .constants import fake_value
+from .recognise import Match, Recovered
+
+
+@dataclass(eq=False)
+class Packed:
+    """One weight in its layout. The tensors of `parts` keep their addresses when the weight is packed again."""
+
+    layout: str
+    format: Format
+    n: int
+    k: int
+    parts: list[Tensor]
+    perm: Tensor | None
+
+    def update(self, weight: QWeight) -> bool:
+        """Packs new values into the same tensors. False, with nothing changed, if they do not fit this format."""
+        table = self.parts[-1] if self.format.form == "table" else None
+        fitted = refit(weight, self.format, None if table is None else tuple(table.shape))
+        if fitted is None or (weight.n, weight.k) != (self.n, self.k) or (fitted.perm is None) != (self.perm is None):
+            return False
+        fresh = LAYOUTS[self.layout].pack(fitted)
+        for old, new in zip(self.parts, fresh, strict=True):
+            if old.shape != new.shape or old.dtype != new.dtype:
+                return False
+        for old, new in zip(self.parts, fresh, strict=True):
+            old.copy_(new)
+        if self.perm is not None and fitted.perm is not None:
+            self.perm.copy_(fitted.perm)
+        return True
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parts."""
+        tensors = self.parts if self.perm is None else [*self.parts, self.perm]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one match is run: a packed weight for each place of its batch, and a kernel for each range of m."""
+
+    match: Match
+    layout: str
+    route: str
+    pieces: tuple[Piece, ...]
+    packed: tuple[Packed, ...]
+    m: sympy.Expr
+    m_range: tuple[int, int | None]
+
+
+class Planner:
+    """Plans the matches of one graph. Matmuls that share a weight share its packed copy."""
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple[int, str], tuple[Packed, ...]] = {}
+        self._kept: list[Recovered] = []
+
+    def plan(self, match: Match) -> Plan:
+        """The plan of a match. Raises Refused where no kernel accepts it."""
+        x = fake_value(match.x)
+        m, m_range = _rows(match, x)
+        first = match.recovered.weights[0]
+        dtype = fake_value(match.output).dtype
+        problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), first.n, first.k, first.format, dtype, x.device)
+        layout, route, found = _choose(problem, m_range)
+        # By identity, kept alive here: equal weights of two layers are two packs.
+        key = (id(match.recovered), layout)
+        if key not in self._packed:
+            self._packed[key] = tuple(_pack(w, layout) for w in match.recovered.weights)
+            self._kept.append(match.recovered)
+        return Plan(match, layout, route, found, self._packed[key], m, m_range)
+
+
+def _pack(w: QWeight, layout: str) -> Packed:
+    return Packed(layout, w.format, w.n, w.k, LAYOUTS[layout].pack(w), w.perm)
+
+
+def _choose(problem: Problem, m_range: tuple[int, int | None]) -> tuple[str, str, tuple[Piece, ...]]:
+    device, low, high = Device.of(problem.device), m_range[0], m_range[1]
+    m = sympy.Symbol("m", positive=True, integer=True)
+    priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
+    best: tuple[float, str, str, tuple[Piece, ...]] | None = None
+    for name, layout in LAYOUTS.items():
+        if problem.format.form not in layout.forms:
+            continue
+        call = Call(name, problem.format, problem.n, problem.k)
+        candidates = [
+            Candidate(kernel.name, name, kernel.seconds(priced, name, device))
+            for kernel in registry.discover().values()
+            if name in kernel.layouts
+            and problem.device.type in kernel.devices
+            and kernel.accepts(call, problem.x_dtype, problem.device.type) is None
+        ]
+        if candidates:
+            found = cost.pieces(candidates, low, high)
+            seconds = cost.total(found, candidates, low, high)
+            if best is None or seconds < best[0]:
+                best = (seconds, name, _route(found), found)
+    if best is None:
+        raise Refused(Reason.NO_KERNEL, f"{problem.format} on {problem.device.type}")
+    return best[1:]
+
+
+def _route(found: Sequence[Piece]) -> str:
+    return ",".join(p.kernel if p is found[-1] else f"{p.kernel}@{p.high}" for p in found)
+
+
+def _rows(match: Match, x: Tensor) -> tuple[sympy.Expr, tuple[int, int | None]]:
+    """m as an expression, and its bounds. Reads the shape environment; adds no guard to it."""
+    from torch.utils._sympy.value_ranges import bound_sympy
+
+    expression: Any = sympy.Integer(1)
+    environment = None
+    for label, size in zip(match.roles.x_labels, x.shape, strict=True):
+        if label in match.roles.m:
+            if isinstance(size, torch.SymInt):
+                environment = size.node.shape_env
+                expression = expression * size.node.expr
+            else:
+                expression = expression * int(size)
+    if environment is None:
+        return expression, (int(expression), int(expression))
+    bounds = bound_sympy(expression, environment.var_to_range)
+    low = max(1, int(bounds.lower)) if bounds.lower.is_finite else 1
+    return expression, (low, int(bounds.upper) if bounds.upper.is_finite and bounds.upper < 1 << 31 else None)
+
+
+def sources_of(match: Match, values: dict[fx.Node, Tensor]) -> tuple[Tensor, ...]:
+    """The real tensors that a match's weight was made of."""
+    return tuple(values[node] for node in match.source_nodes)

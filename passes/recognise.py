@@ -1,0 +1,354 @@
+"""For every matmul of a graph: is its weight a dequantized constant, what does it mean, and is that proved?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..errors import Reason, Refused
+from ..formats import UNIT_ROUNDOFF, dequantize, validate
+from ..types import NearMiss, QWeight, Where
+from . import idioms
+from .canonicalize import Contraction, Roles, contraction, roles
+from .constants import Constants, Slice, fake_value, run
+from .evaluate import FP8, Weight, evaluate, identity
+
+X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOW_BIT = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, *FP8)
+_ROUNDERS = {"round", "floor", "trunc", "ceil", "clamp", "quantize", "sign"}
+_EYE_FORMS = {"linear", "matmul", "mm"}
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """One weight operand understood: a QWeight for each place of the batch, proved against the tensors in `sources`."""
+
+    weights: tuple[QWeight, ...]
+    rule: str
+    proof: str
+    sources: tuple[Tensor, ...]
+    again: Callable[[Sequence[Tensor]], Recovered]
+    key: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """A matmul to rewrite. `output` is the node to replace: `anchor`, or the scaling that follows it."""
+
+    where: Where
+    contraction: Contraction
+    roles: Roles
+    anchor: fx.Node
+    output: fx.Node
+    x: fx.Node
+    bias: fx.Node | None
+    recovered: Recovered
+    source_nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A matmul to leave as it is."""
+
+    where: Where
+    node: fx.Node
+    reason: Reason
+    near_misses: tuple[NearMiss, ...]
+
+
+@dataclass
+class Recogniser:
+    """Recognises the matmuls of one graph. `rules` remembers, by structure, which idiom read a slice: equal ones try it first."""
+
+    module: fx.GraphModule
+    constants: Constants
+    rules: dict[str, str] = field(default_factory=dict)
+    analysed: int = 0
+    _seen: dict[Any, Recovered | Refused] = field(default_factory=dict)
+
+    def run(self) -> list[Match | Kept]:
+        """A verdict for every matmul between an activation and something, in program order."""
+        out: list[Match | Kept] = []
+        for node in list(self.module.graph.nodes):
+            found = self._verdict(node)
+            if found is not None:
+                out.append(found)
+            out.extend(_inside(self.module, node))
+        return out
+
+    def _verdict(self, node: fx.Node) -> Match | Kept | None:
+        misses: list[NearMiss] = []
+        try:
+            c = contraction(node)
+            if c is None or (c.a in self.constants and c.b in self.constants):
+                return None
+            return self._match(c, misses)
+        except Refused as refusal:
+            misses.append(NearMiss("", refusal.reason, refusal.at))
+            near = tuple(m for m in misses if m.rule) or tuple(misses)
+            return Kept(where(node), node, refusal.reason, near)
+
+    def _match(self, c: Contraction, misses: list[NearMiss]) -> Match:
+        w = c.a if c.a in self.constants else c.b
+        if w not in self.constants:
+            raise self._dynamic(c)
+        cut = self.constants.slice(w, c.node)
+        values = [self.constants.values[leaf] for leaf in cut.leaves]
+        if not _may_be_low_bit(cut, values):
+            raise Refused(Reason.NOT_QUANTIZED, w.name)
+        r = roles(c, w)
+        y, x = fake_value(c.node), c.b if w is c.a else c.a
+        if y.dtype not in X_DTYPES or not fake_value(x).is_floating_point():
+            raise Refused(Reason.DTYPE, f"{c.node.name}: {y.dtype}")
+        if y.requires_grad and fake_value(w).requires_grad:
+            raise Refused(Reason.NEEDS_GRAD, w.name)
+        self.constants.check_versions(cut)
+        output, scalings = self._scalings(c, r, cut, values)
+        recovered = self._recover(c, r, w, x, cut, scalings, misses)
+        nodes = (*cut.leaves, *(leaf for s, _ in scalings for leaf in s.leaves))
+        return Match(where(c.node), c, r, c.node, output, x, c.bias, recovered, nodes)
+
+    def _dynamic(self, c: Contraction) -> Refused:
+        """Why neither operand is constant."""
+        verdict = Refused(Reason.INPUT_WEIGHT, c.node.name)
+        for operand in (c.a, c.b):
+            near = _computed_from(operand)
+            if any(n in self.constants.values and self.constants.mutated(n) for n in near):
+                return Refused(Reason.MUTATED, operand.name)
+            size = fake_value(operand).numel()
+            for leaf in near:
+                t = fake_value(leaf)
+                if leaf.op not in ("placeholder", "get_attr") or not isinstance(t, Tensor) or t.dtype not in LOW_BIT:
+                    continue
+                bits = t.numel() * t.element_size() * 8
+                if leaf in self.constants and isinstance(size, int) and isinstance(bits, int) and bits >= size:
+                    return Refused(Reason.SCALE_FROM_INPUT, operand.name)
+                if leaf not in self.constants and t.dtype != torch.int64:
+                    verdict = Refused(Reason.FREE_TENSOR, leaf.name)
+        return verdict
+
+    def _scalings(
+        self, c: Contraction, r: Roles, cut: Slice, values: Sequence[Tensor]
+    ) -> tuple[fx.Node, list[tuple[Slice, bool]]]:
+        """The constant scales that multiply (or, True, divide) the output of a matmul with bare codes."""
+        output, found = c.node, []
+        bare = all(not v.is_floating_point() or v.dtype in FP8 for v in values)
+        if not bare or r.batch or len(r.n) != 1 or c.bias is not None or c.alpha != 1:
+            return output, []
+        from_right = len(r.y_labels) - r.y_labels.index(r.n[0])
+        while len(output.users) == 1:
+            user = next(iter(output.users))
+            name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
+            if name in ("to", "float", "half", "bfloat16", "type_as") and user.args[0] is output:
+                ahead = next(iter(user.users), None)
+                if len(user.users) != 1 or ahead is None or self._scale_of(ahead, user, from_right) is None:
+                    break
+                output, user = user, ahead
+            scale = self._scale_of(user, output, from_right)
+            if scale is None or fake_value(user).dtype not in X_DTYPES:
+                break
+            found.append((self.constants.slice(scale[0], user), scale[1]))
+            output = user
+        return output, found
+
+    def _scale_of(self, user: fx.Node, y: fx.Node, from_right: int) -> tuple[fx.Node, bool] | None:
+        name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
+        if name not in ("mul", "div", "truediv", "multiply", "divide", "true_divide") or len(user.args) != 2:
+            return None
+        divides = name not in ("mul", "multiply")
+        other = user.args[1] if user.args[0] is y else None if divides else user.args[0]
+        if not isinstance(other, fx.Node) or other not in self.constants or user.kwargs:
+            return None
+        t = fake_value(other)
+        if not isinstance(t, Tensor) or t.requires_grad or not t.is_floating_point():
+            return None
+        plain = all(size == 1 for i, size in enumerate(reversed(t.shape), 1) if i != from_right)
+        return (other, divides) if plain and t.ndim <= fake_value(y).ndim else None
+
+    def _recover(
+        self, c: Contraction, r: Roles, w: fx.Node, x: fx.Node, cut: Slice, scalings: list[tuple[Slice, bool]],
+        misses: list[NearMiss],
+    ) -> Recovered:  # fmt: skip
+        cuts = [cut, *(s for s, _ in scalings)]
+        key = "\n".join([*(s.key for s in cuts), str((r.w_labels, r.batch, r.n, r.k, [d for _, d in scalings]))])
+        nodes = tuple(leaf for s in cuts for leaf in s.leaves)
+        through = is_traceable_wrapper_subclass(fake_value(w))
+        known = (key, nodes, (c.node.target, fake_value(x).dtype) if through else None)
+        seen = self._seen.get(known)
+        if seen is None:
+            compute = self._computation(c, r, w, x, cut, scalings)
+
+            def recover(sources: Sequence[Tensor]) -> Recovered:
+                return self._read(compute, sources, key, misses, recover)
+
+            try:
+                seen = recover([self.constants.values[n] for n in nodes])
+            except Refused as refusal:
+                seen = refusal
+            self._seen[known] = seen
+        if isinstance(seen, Refused):
+            raise seen
+        return seen
+
+    def _computation(
+        self, c: Contraction, r: Roles, w: fx.Node, x: fx.Node, cut: Slice, scalings: list[tuple[Slice, bool]]
+    ) -> Callable[..., list[Tensor]]:
+        """The function of the leaves that gives the weights [n, k], one for each place of the batch."""
+        module, through = self.module, is_traceable_wrapper_subclass(fake_value(w))
+        name = str(c.node.target) if c.node.op == "call_method" else getattr(c.node.target, "__name__", "")
+        if through and (name not in _EYE_FORMS or w is not c.b or len(r.w_labels) != 2):
+            raise Refused(Reason.UNSUPPORTED_SPELLING, f"{name} with a {type(fake_value(w)).__name__}")
+        x_dtype, device = fake_value(x).dtype, fake_value(w).device
+        dropped = [i for i, label in enumerate(r.w_labels) if label[-1] == "!"]
+        kept = [label for label in r.w_labels if label[-1] != "!"]
+        order = [kept.index(label) for label in (*r.batch, *r.n, *r.k)]
+        sizes = dict(zip(r.w_labels, fake_value(w).shape, strict=True))
+        shape = [_size(sizes, labels) for labels in (r.batch, r.n, r.k)]
+
+        def compute(*leaves: Tensor) -> list[Tensor]:
+            taken = len(cut.leaves)
+            weight = run(cut, leaves[:taken], module)
+            if through:
+                weight = torch.nn.functional.linear(identity(shape[2], x_dtype, device), weight).t() if (
+                    name == "linear"
+                ) else torch.matmul(identity(shape[2], x_dtype, device), weight).t()
+            else:
+                weight = weight.squeeze(dropped) if dropped else weight
+                weight = weight.permute(order)
+            weight = weight.reshape(shape)
+            for scaling, divides in scalings:
+                factor = run(scaling, leaves[taken : taken + len(scaling.leaves)], module).reshape(-1, 1)
+                taken += len(scaling.leaves)
+                weight = weight / factor if divides else weight * factor
+            return [weight.select(0, i) for i in range(shape[0])]
+
+        return compute
+
+    def _read(
+        self, compute: Callable[..., list[Tensor]], sources: Sequence[Tensor], key: str, misses: list[NearMiss],
+        again: Callable[[Sequence[Tensor]], Recovered],
+    ) -> Recovered:  # fmt: skip
+        found, proofs, rule = [], [], ""
+        for weight in evaluate(compute, sources):
+            if not weight.lowbit:
+                raise Refused(Reason.NOT_QUANTIZED, "no value comes from low-bit data")
+            if not bool(torch.isfinite(weight.native).all()) or not bool(torch.isfinite(weight.shadow).all()):
+                raise Refused(Reason.NON_FINITE, "weight")
+            rule, qweight, proof = self._first(weight, key, misses)
+            found.append(qweight)
+            proofs.append(proof)
+        worst = next((p for p in proofs if p != "bit_exact"), "bit_exact")
+        return Recovered(tuple(found), rule, worst, tuple(sources), again, key)
+
+    def _first(self, weight: Weight, key: str, misses: list[NearMiss]) -> tuple[str, QWeight, str]:
+        """The first idiom that reads the weight and is proved."""
+        every = idioms.discover()
+        known = self.rules.get(key)
+        if known is None:
+            self.analysed += 1
+        order: list[ModuleType] = sorted(every, key=lambda module: idioms.name_of(module) != known)
+        refusals = []
+        for idiom in order:
+            name = idioms.name_of(idiom)
+            try:
+                qweight = validate(idiom.read(weight))
+                proof = prove(qweight, weight)
+            except Refused as refusal:
+                misses.append(NearMiss(name, refusal.reason, refusal.at))
+                refusals.append(refusal)
+                continue
+            misses.clear()
+            self.rules[key] = name
+            return name, qweight, proof
+        # The most telling refusal: one about groups or a proof says more than "too many levels".
+        raise next((r for r in refusals if r.reason != Reason.TOO_MANY_LEVELS), refusals[-1])
+
+
+def prove(qweight: QWeight, weight: Weight) -> str:
+    """Returns "bit_exact" if codes, scales and zeros give the exact weight in float64, "float64_rounding" if they do up
+    to the last bits of float64 itself; raises Refused otherwise, or if eager's weight is not a rounding of it."""
+    exact = weight.shadow
+    rebuilt = dequantize(qweight, torch.float64)
+    size = exact.abs()
+    for term in weight.form.terms:
+        size = size + (term.coef * term.values()).abs()
+    if weight.form.terms:
+        size = size + weight.form.offset.abs()
+    difference = (rebuilt - exact).abs_()
+    if bool((difference > 2.0**-48 * size).any()):
+        raise Refused(Reason.PROOF_FAILED, f"off by {float(difference.max()):.3g}")
+    # A dozen roundings of the coarsest dtype that eager computes in, and its subnormals.
+    rounding = 12 * weight.roundoff * (size if weight.form.terms else size.amax(-1, keepdim=True))
+    tiny = 2.0**-24 if weight.roundoff > UNIT_ROUNDOFF[torch.float32] else 2.0**-126
+    if bool(((weight.native.to(torch.float64) - exact).abs() > rounding + tiny).any()):
+        raise Refused(Reason.EAGER_DIFFERS, str(weight.native.dtype))
+    return "float64_rounding" if bool(difference.any()) else "bit_exact"
+
+
+def _size(sizes: dict[str, Any], labels: Sequence[str]) -> int:
+    total = 1
+    for label in labels:
+        total *= int(sizes[label])
+    return total
+
+
+def _may_be_low_bit(cut: Slice, values: Sequence[Tensor]) -> bool:
+    if any(v.dtype in LOW_BIT or is_traceable_wrapper_subclass(v) for v in values):
+        return True
+    for node in cut.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if any(word in name for word in _ROUNDERS) or (name == "view" and torch.uint8 in node.args):
+            return True
+    return False
+
+
+def _computed_from(node: fx.Node) -> list[fx.Node]:
+    """A node and its sources, up to the next matmul."""
+    seen, stack = {node: None}, [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen and SPELLED.search(str(source.target)) is None:
+                seen[source] = None
+                stack.append(source)
+    return list(seen)
+
+
+SPELLED = re.compile(r"linear|matmul|mm\b|einsum|conv|attention|embedding|norm")
+
+
+def where(node: fx.Node) -> Where:
+    """The module path, the user's file, line and code of a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    path = re.sub(r"^L\['\w+'\]\.?|\b_modules\b\.?|\(\)", "", str(path))
+    path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path).strip(".").replace("..", ".")
+    lines = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+    own = [entry for entry in lines if "/torch/nn/modules/" not in entry[0]] or lines
+    file, line, code = own[-1] if own else ("", "0", "")
+    op = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return Where(path or node.name, file, int(line), code.strip(), str(op))
+
+
+def _inside(module: fx.GraphModule, node: fx.Node) -> list[Kept]:
+    """The matmuls in the bodies of a higher-order operation: they are not rewritten, and say so."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    found = []
+    for argument in node.all_input_nodes:
+        body = getattr(module, str(argument.target), None) if argument.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule):
+            for inner in body.graph.nodes:
+                try:
+                    spelled = contraction(inner) is not None
+                except Refused:
+                    spelled = True
+                if spelled:
+                    found.append(Kept(where(inner), inner, Reason.HIGHER_ORDER, ()))
+    return found

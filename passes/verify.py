@@ -1,0 +1,90 @@
+"""Checks a lowered graph before it is handed on: well-formed, the same outputs, and each new structure wired right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import LqError
+from .constants import Constants, fake_value
+from .evaluate import undisturbed
+from .lower import Lowered
+from .plan import Plan
+
+ROWS = 2
+
+
+class Broken(LqError):
+    """A lowered graph is not what it must be: our bug. The user's graph is used as it was."""
+
+
+def verify(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], lowered: Lowered) -> None:
+    """Raises Broken unless each new node stands for its old one; one numeric probe for each distinct structure."""
+    probed = set()
+    for plan, (result, nodes) in zip(plans, lowered.emitted, strict=True):
+        old, new = fake_value(plan.match.output), fake_value(result)
+        if old.dtype != new.dtype or [str(s) for s in old.shape] != [str(s) for s in new.shape]:
+            raise Broken(f"{plan.match.where.path}: {new.dtype} {tuple(new.shape)}, not {old.dtype} {tuple(old.shape)}")
+        structure = (plan.match.recovered.key, plan.match.contraction.node.target, str(plan.match.roles))
+        if structure not in probed:
+            probed.add(structure)
+            _probe(module, constants, plan, lowered, result, nodes)
+
+
+def _probe(
+    module: fx.GraphModule, constants: Constants, plan: Plan, lowered: Lowered, result: fx.Node, nodes: Sequence[fx.Node]
+) -> None:
+    """Runs the old nodes and the new ones on the same random rows. The weight is proved; this proves the wiring."""
+    match, copies = plan.match, lowered.copies
+    packed = (n for n in lowered.module.graph.nodes if n.op == "placeholder")
+    with undisturbed():
+        x = _random_x(plan)
+        old = {match.x: x, **constants.values}
+        new: dict[fx.Node, Any] = {copies[match.x]: x, **dict(zip(packed, lowered.packed, strict=False))}
+        if match.bias is not None:
+            bias = constants.values.get(match.bias)
+            if bias is None:
+                shape = fake_value(match.bias).shape if match.contraction.bias_along_n else (1,)
+                bias = torch.randn(shape, device=x.device).to(fake_value(match.bias).dtype)
+            old[match.bias], new[copies[match.bias]] = bias, bias
+        wanted = _run(module, _between(match.x, match.bias, match.output, constants), old)[match.output]
+        got = _run(lowered.module, nodes, new)[result]
+        difference = (got.double() - wanted.double()).norm()
+        if got.shape != wanted.shape or not bool(difference <= 0.05 * wanted.double().norm() + 1e-6):
+            raise Broken(f"{match.where.path}: the lowered matmul differs from the original by {float(difference):.3g}")
+
+
+def _random_x(plan: Plan) -> Tensor:
+    r, fake = plan.match.roles, fake_value(plan.match.x)
+    # Rows may be few: nothing that is emitted depends on how many there are.
+    shape = [
+        (size if isinstance(size, int) and size < ROWS else ROWS) if label in r.m else int(size)
+        for label, size in zip(r.x_labels, fake.shape, strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    dtype = plan.match.contraction.node.meta.get("lq_dtype", fake_value(plan.match.output).dtype)
+    return torch.randn(shape, generator=generator).to(fake.device, dtype if fake.dtype != dtype else fake.dtype)
+
+
+def _between(x: fx.Node, bias: fx.Node | None, output: fx.Node, constants: Constants) -> list[fx.Node]:
+    """The nodes that compute `output` from x, the bias and constants, in program order."""
+    wanted, stack = {output}, [output]
+    while stack:
+        node = stack.pop()
+        for source in constants.slice(node, node).nodes if node in constants else node.all_input_nodes:
+            if source not in wanted and source not in (x, bias) and source not in constants.values:
+                wanted.add(source)
+                stack.append(source)
+    return [n for n in output.graph.nodes if n in wanted]
+
+
+def _run(module: fx.GraphModule, nodes: Sequence[fx.Node], env: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    found = dict(env)
+    interpreter = fx.Interpreter(module, graph=module.graph)
+    for node in nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
+        found[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
+    return found
