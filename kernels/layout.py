@@ -56,7 +56,9 @@ class Layout:
         for width in self.widths(w.format):
             parts.append(_pack_plane((codes >> shift) & ((1 << width) - 1), width))
             shift += width
-        for (_, dtype), name in zip(self.shapes(w.format, w.n, w.k)[len(parts) :], parts_of(w.format), strict=True):
+        for (_, dtype), name in zip(
+            self.shapes(w.format, w.n, w.k)[len(parts) :], parts_of(w.format), strict=True
+        ):
             parts.append(getattr(w, name).to(dtype).contiguous())
         if w.table is not None:
             parts.append(w.table.to(torch.float32).contiguous())

@@ -57,11 +57,15 @@ def _check(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call) 
         tuple(bias.shape) != (call.n,) or bias.dtype != x.dtype or bias.device != x.device
     ):
         raise ArgumentError(
-            "bias", f"{bias.dtype} {tuple(bias.shape)} on {bias.device}", f"{x.dtype} [{call.n}] on {x.device}"
+            "bias",
+            f"{bias.dtype} {tuple(bias.shape)} on {bias.device}",
+            f"{x.dtype} [{call.n}] on {x.device}",
         )
 
 
-def _launch(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, route: str, out: Tensor) -> None:
+def _launch(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, route: str, out: Tensor
+) -> None:
     _check(x, parts, bias, call)
     if out.numel() == 0:
         return
@@ -75,7 +79,9 @@ def _launch(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call,
             if refusal is None and (call.layout not in kernel.layouts or x.device.type not in kernel.devices):
                 refusal = f"{' | '.join(kernel.layouts)} on {' | '.join(kernel.devices)}"
             if refusal is not None:
-                raise ArgumentError("route", route, f"for {call} on {x.device}, kernel {kernel.name}: {refusal}")
+                raise ArgumentError(
+                    "route", route, f"for {call} on {x.device}, kernel {kernel.name}: {refusal}"
+                )
             return kernel.run(x, parts, bias, call, out)
 
 
@@ -170,9 +176,7 @@ def register_lowerings() -> None:
     ExternKernelChoice(_extern, name=name)
 
     def lower(layout: str, op: Any) -> Callable[..., Any]:
-        def lowering(
-            x: Any, parts: list[Any], bias: Any, n: int, k: int, format: str, route: str
-        ) -> Any:
+        def lowering(x: Any, parts: list[Any], bias: Any, n: int, k: int, format: str, route: str) -> Any:
             if V.graph.cpp_wrapper:
                 return fallback_handler(op, add_to_fallback_set=False)(x, parts, bias, n, k, format, route)
             x = ir.ExternKernel.require_contiguous(x)

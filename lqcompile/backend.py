@@ -71,9 +71,20 @@ def _compile(
     lowered = outcome.lowered
     if lowered is None:
         return compile_fx(copy_module(module)[0], list(inputs), config_patches=patches)
+    # Held until compiled, as the mode only remembers them weakly: with dynamic=True the sizes of packed tensors would
+    # become symbols, and one of them equal to M by chance.
+    fakes = _static_fakes(lowered.packed)
     taken = [*lowered.packed, *(inputs[i] for i in lowered.kept)]
     compiled = compile_fx(lowered.module, taken, config_patches=patches)
+    del fakes
     return Compiled(module, inputs, config, outcome, compiled)
+
+
+def _static_fakes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return []
+    return [context.fake_mode.from_tensor(t, static_shapes=True) for t in tensors]
 
 
 class _Fingerprint(CustomGraphPass):
@@ -83,7 +94,9 @@ class _Fingerprint(CustomGraphPass):
     """
 
     def __init__(self, config: Config) -> None:
-        previous = config.inductor.get("post_grad_custom_pre_pass", torch._inductor.config.post_grad_custom_pre_pass)
+        previous = config.inductor.get(
+            "post_grad_custom_pre_pass", torch._inductor.config.post_grad_custom_pre_pass
+        )
         passes = previous if isinstance(previous, (list, tuple)) else [previous]
         self._previous = [p for p in passes if p is not None]
         self._text = f"{version()} {ops.VERSION} {config.fingerprint}"
@@ -158,14 +171,18 @@ class Compiled:
             warnings.warn(warning, stacklevel=3)
         module = outcome.lowered.module if outcome.lowered else copy_module(self._module)[0]
         # Dynamo traces the lowered graph again, outside of the compilation that made it: shapes stay as dynamic.
-        self._adopt(args, outcome, torch.compile(module, backend="inductor", options=dict(self._config.inductor)))
+        self._adopt(
+            args, outcome, torch.compile(module, backend="inductor", options=dict(self._config.inductor))
+        )
 
     def forget(self) -> None:
         """The next call packs every weight again."""
         self._snapshot = None
 
 
-def _update(args: tuple[Any, ...], recovered: Recovered, where: list[int], packed: tuple[Packed, ...]) -> bool:
+def _update(
+    args: tuple[Any, ...], recovered: Recovered, where: list[int], packed: tuple[Packed, ...]
+) -> bool:
     sources = [args[i] if i >= 0 else old for i, old in zip(where, recovered.sources, strict=True)]
     weights = recovered.again(sources).weights
     return len(weights) == len(packed) and all(p.update(w) for p, w in zip(packed, weights, strict=True))

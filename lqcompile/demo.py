@@ -247,9 +247,7 @@ def _one(
     return model, fast, result, report
 
 
-def _race(
-    result: Result, model: nn.Module, fast: Callable[..., torch.Tensor], inputs: Inputs
-) -> None:
+def _race(result: Result, model: nn.Module, fast: Callable[..., torch.Tensor], inputs: Inputs) -> None:
     say(f"{result.quantizer}: torch.compile(model), the default, for comparison ...")
     start = time.perf_counter()
     default = torch.compile(model, dynamic=False)

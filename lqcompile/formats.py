@@ -9,7 +9,12 @@ import torch
 from .errors import ArgumentError
 from .types import SCALE_DTYPES, Format, QWeight, Rounding
 
-UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+UNIT_ROUNDOFF = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
 GROUPED = ("scale", "zero", "alpha", "offset")
 
 
@@ -43,7 +48,9 @@ def validate(w: QWeight) -> QWeight:
         low, high = code_range(f)
         least, most = int(w.codes.min()), int(w.codes.max())
         if least < low or most > high:
-            raise ArgumentError("codes", f"[{least}, {most}]", f"codes from {low} to {high} for {f.bits} bits")
+            raise ArgumentError(
+                "codes", f"[{least}, {most}]", f"codes from {low} to {high} for {f.bits} bits"
+            )
     wanted = parts_of(f)
     for name in GROUPED:
         value = getattr(w, name)
@@ -58,7 +65,9 @@ def validate(w: QWeight) -> QWeight:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ArgumentError(name, "inf or NaN", "finite values")
     if (f.form == "table") != (w.table is not None):
-        raise ArgumentError("table", "given" if w.table is not None else None, f"{'a' if f.form == 'table' else 'no'} table")
+        raise ArgumentError(
+            "table", "given" if w.table is not None else None, f"{'a' if f.form == 'table' else 'no'} table"
+        )
     if w.table is not None:
         levels = 1 << f.bits
         shapes = ((levels,), (w.n, levels), (w.n, groups, levels))

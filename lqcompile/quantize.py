@@ -112,7 +112,7 @@ class _Binary:
         # A power of two, so that squares neither overflow nor vanish and the units cost no rounding.
         exponent = torch.frexp(flat.abs().amax(-1, keepdim=True)).exponent
         self.unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
-        flat.div_(self.unit)
+        flat = flat / self.unit
         self.x = flat.float()
         self.ordered = self.x.sort(-1).values
         self.prefix = F.pad(self.ordered.cumsum(-1, dtype=torch.float64), (1, 0))
@@ -136,7 +136,7 @@ class _Binary:
                 for part, tried_part in zip(state, tried, strict=True):
                     part[active] = tried_part[better]
             error, best = state[0].view(2, groups).min(0)
-            yield error, state[1].view(2, groups, -1)[best, torch.arange(groups, device=best.device)]
+            yield error, state[1][best * groups + torch.arange(groups, device=best.device)]
             if not len(active):
                 return
 
@@ -205,7 +205,7 @@ class _Options:
         least, most = (4, 4) if nf4 else (2 if self.method == "rtn" and self.symmetric is True else 1, 8)
         for name, good, accepted in (
             ("method", self.method in METHODS, " | ".join(METHODS)),
-            ("bits", type(self.bits) is int and least <= self.bits <= most, f"an int, {least} to {most} for {self.method}"),
+            ("bits", type(self.bits) is int and least <= self.bits <= most, f"an int, {least} to {most}"),
             ("symmetric", type(self.symmetric) is bool, "a bool"),
             ("symmetric", not nf4 or not self.symmetric, "False, for nf4"),
             ("group", group in (None, "row") or (type(group) is int and group > 0), 'int > 0 | None | "row"'),
@@ -257,8 +257,8 @@ class _Options:
 class QuantLinear(nn.Module):
     """A linear layer of packed codes in plain PyTorch, so that it runs wherever PyTorch does.
 
-    Buffers only, but for the bias: `tensors`, planes as kernels/layout.py cuts them. forward dequantizes in the
-    scale's dtype, casts to x's and calls F.linear. Built by `from_weight` or by `lqcompile.quantize`.
+    Buffers only, but for the bias: `tensors`, planes as kernels/layout.py cuts them. forward dequantizes in
+    the scale's dtype, casts to x's and calls F.linear. Built by `from_weight` or by `lqcompile.quantize`.
     """
 
     def __init__(self, format: Format, n: int, k: int, tensors: Mapping[str, Tensor], bias: Any) -> None:

@@ -85,7 +85,9 @@ def moved(form: Form, shape: Sequence[int], move: Callable[[Tensor], Tensor]) ->
     return Form(tuple(shape), terms, apply(form.offset))
 
 
-def joined(forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Tensor]], Tensor]) -> Form | None:
+def joined(
+    forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Tensor]], Tensor]
+) -> Form | None:
     """Several forms assembled into one tensor by `join` (cat, stack, a write into a slice). None if they do not agree.
 
     A form without a term, such as a fresh buffer that is written over, adds 0 * codes there.
@@ -105,7 +107,10 @@ def joined(forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Ten
         known = [f.terms[i] for f in forms if len(f.terms) > i]
         levels = known[0].levels
         same = all((t.levels is None) == (levels is None) for t in known)
-        if not same or (levels is not None and not all(torch.equal(t.levels, levels) for t in known if t.levels is not None)):
+        if not same or (
+            levels is not None
+            and not all(torch.equal(t.levels, levels) for t in known if t.levels is not None)
+        ):
             return None
         dtypes = {t.codes.dtype for t in known}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.int32
@@ -117,6 +122,20 @@ def joined(forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Ten
         whole = join([c.expand(f.shape) for c, f in zip(codes, forms, strict=True)])
         terms.append(Term(pieces(coefs, absent), whole, levels))
     return Form(tuple(shape), tuple(terms), pieces([f.offset for f in forms]))
+
+
+def padded(form: Form, shape: Sequence[int], pad: Callable[[Tensor, float], Tensor], value: float) -> Form:
+    """A form with `value` around it, where `pad(piece, fill)` pads a piece at full shape."""
+    terms = []
+    for t in form.terms:
+        # A code of 0 adds nothing; a place in a table does, unless its coefficient is 0.
+        keep = t.levels is None and is_uniform(t.coef)
+        coef = t.coef if keep else pad(t.coef.expand(form.shape), 0.0)
+        terms.append(replace(t, coef=coef, codes=pad(t.codes.expand(form.shape), 0)))
+    same = is_uniform(form.offset) and float(form.offset) == value
+    return Form(
+        tuple(shape), tuple(terms), form.offset if same else pad(form.offset.expand(form.shape), value)
+    )
 
 
 def scaled(form: Form, factor: Tensor, shape: Sequence[int]) -> Form:
@@ -138,7 +157,10 @@ def divided(form: Form, divisor: Tensor, shape: Sequence[int]) -> Form:
     """A form over a constant."""
     shape = tuple(shape)
     terms = tuple(
-        Term(t.coef / divisor if is_uniform(t.coef) else t.coef.expand(form.shape) / divisor, *_spread(t, form, shape))
+        Term(
+            t.coef / divisor if is_uniform(t.coef) else t.coef.expand(form.shape) / divisor,
+            *_spread(t, form, shape),
+        )
         for t in form.terms
     )
     offset = form.offset if is_uniform(form.offset) else form.offset.expand(form.shape)
@@ -232,10 +254,16 @@ def multiplied(left: Form, right: Form, left_value: Tensor, right_value: Tensor)
     if left.terms:
         whole = (*left.shape, right.shape[-1])
         lifted = moved(left, (*left.shape, 1), lambda t: t.unsqueeze(-1))
-        return summed(scaled(lifted, right_value.unsqueeze(-3), whole), len(whole) - 2, False) if inner <= 8 else None
+        return (
+            summed(scaled(lifted, right_value.unsqueeze(-3), whole), len(whole) - 2, False)
+            if inner <= 8
+            else None
+        )
     whole = (*left.shape, right.shape[-1])
     lifted = moved(right, (*right.shape[:-2], 1, *right.shape[-2:]), lambda t: t.unsqueeze(-3))
-    return summed(scaled(lifted, left_value.unsqueeze(-1), whole), len(whole) - 2, False) if inner <= 8 else None
+    return (
+        summed(scaled(lifted, left_value.unsqueeze(-1), whole), len(whole) - 2, False) if inner <= 8 else None
+    )
 
 
 def masked(condition: Tensor, a: Tensor, b: Tensor, shape: Sequence[int]) -> Form | None:

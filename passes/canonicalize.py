@@ -179,7 +179,9 @@ def _einsum(node: fx.Node, args: _Arguments) -> Contraction:
     terms = left.split(",")
     if len(terms) != 2:
         raise Refused(Reason.UNSUPPORTED_SPELLING, node.name)
-    widths = [fake_value(t).ndim - len(term.replace("...", "")) for t, term in zip(tensors, terms, strict=True)]
+    widths = [
+        fake_value(t).ndim - len(term.replace("...", "")) for t, term in zip(tensors, terms, strict=True)
+    ]
     dots = [widths[i] if "..." in term else 0 for i, term in enumerate(terms)]
     most = max(dots)
 
@@ -209,7 +211,7 @@ def _tensordot(node: fx.Node, args: _Arguments) -> Contraction:
     dims = args.get(2, ("dims",), 2)
     if isinstance(dims, int):
         dims = (list(range(a_value.ndim - dims, a_value.ndim)), list(range(dims)))
-    if not isinstance(dims, (list, tuple)) or [type(d) for d in dims] not in ([list] * 2, [tuple] * 2):
+    if not isinstance(dims, (list, tuple)) or len(dims) != 2 or any(isinstance(d, int) for d in dims):
         raise Refused(Reason.UNSUPPORTED_SPELLING, node.name)
     a_dims, b_dims = [d % a_value.ndim for d in dims[0]], [d % b_value.ndim for d in dims[1]]
     a_labels, b_labels = list(_letters(a_value.ndim)), list(_letters(b_value.ndim, 26))
@@ -233,7 +235,16 @@ def _convolution(node: fx.Node, args: _Arguments) -> Contraction:
     where = _letters(space, 2)
     # The kernel's own sizes of one are labels that the weight alone has; they are dropped.
     w_labels = ("N", "K", *(f"{label}!" for label in where))
-    return Contraction(node, x, w, (*batch, "K", *where), w_labels, (*batch, "N", *where), args.get(2, ("bias",)), bias_along_n=True)
+    return Contraction(
+        node,
+        x,
+        w,
+        (*batch, "K", *where),
+        w_labels,
+        (*batch, "N", *where),
+        args.get(2, ("bias",)),
+        bias_along_n=True,
+    )
 
 
 Spelling = Callable[[fx.Node, _Arguments], Contraction]

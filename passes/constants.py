@@ -124,7 +124,9 @@ class Constants:
                 storage
                 for storage, writers in self._writers.items()
                 if storage not in self._tainted
-                and any(i not in constant for w in writers for i in w.all_input_nodes if storage_of(i) != storage)
+                and any(
+                    i not in constant for w in writers for i in w.all_input_nodes if storage_of(i) != storage
+                )
             }
             if not spoiled:
                 return constant
@@ -189,7 +191,11 @@ def _version_at_birth(node: fx.Node) -> int:
     if node.op not in ("call_function", "call_method"):
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake_value)
-    fresh = getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)
+    fresh = (
+        getattr(args[0], node.target)(*args[1:], **kwargs)
+        if node.op == "call_method"
+        else node.target(*args, **kwargs)
+    )
     return fresh._version if isinstance(fresh, torch.Tensor) else 0
 
 
@@ -206,7 +212,14 @@ def run(cut: Slice, leaves: Sequence[torch.Tensor], module: torch.nn.Module) -> 
             env[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
         except Refused:
             raise
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            NotImplementedError,
+            AttributeError,
+            IndexError,
+        ) as error:
             raise Refused(Reason.UNSUPPORTED_OP, f"{node.name}: {error}"[:200]) from error
         for source in node.all_input_nodes:
             if last.get(source) is node and source is not cut.result:

@@ -27,7 +27,13 @@ from ..formats import UNIT_ROUNDOFF
 from . import algebra
 from .algebra import Form
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+FP8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+)
 
 _SAME = {"clone", "detach", "alias", "contiguous", "lift_fresh_copy", "lift_fresh", "lift", "_to_copy", "to"}
 _RESHAPE = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
@@ -37,13 +43,39 @@ _LAYOUT = {
     "unsafe_split", "unsafe_chunk", "diagonal", "rot90",
 }  # fmt: skip
 _GATHER = {"index", "embedding", "gather", "index_select", "take"}
-_JOIN = {"cat", "stack", "slice_scatter", "select_scatter", "index_put", "_unsafe_index_put"}
-_ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "neg", "addcmul", "reciprocal", "sum", "mm", "bmm", "mv", "addmm"}
+_WRITES = {"index_put": 2, "_unsafe_index_put": 2, "index_copy": 3, "scatter": 3}
+_JOIN = {"cat", "stack", "slice_scatter", "select_scatter", *_WRITES}
+_ARITHMETIC = {
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "neg",
+    "addcmul",
+    "reciprocal",
+    "sum",
+    "mm",
+    "bmm",
+    "mv",
+    "addmm",
+}
 _SMOOTH = {
-    *_LAYOUT, *_GATHER, *_JOIN, *_ARITHMETIC, "copy", "where", "masked_fill", "exp2", "pow", "exp", "sqrt", "rsqrt",
+    *_LAYOUT, *_GATHER, *_JOIN, *_ARITHMETIC, "copy", "constant_pad_nd", "where", "masked_fill", "exp2", "pow", "exp", "sqrt", "rsqrt",
     "ldexp", "mean", "dot", "baddbmm", "linalg_vector_norm",
 }  # fmt: skip
-_ROUNDING = {"round", "floor", "ceil", "trunc", "clamp", "clamp_min", "clamp_max", "floor_divide", "remainder", "fmod"}
+_ROUNDING = {
+    "round",
+    "floor",
+    "ceil",
+    "trunc",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "floor_divide",
+    "remainder",
+    "fmod",
+}
 
 
 @dataclass
@@ -169,7 +201,11 @@ class _Evaluation(TorchDispatchMode):
         return x if shadow is None else shadow
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if any(is_traceable_wrapper_subclass(t) for t in tree_flatten((args, kwargs))[0]):
@@ -209,7 +245,13 @@ class _Evaluation(TorchDispatchMode):
         raise Refused(Reason.UNSUPPORTED_OP, str(func))
 
     def _note(
-        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], outs: list[Tensor], many: bool
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outs: list[Tensor],
+        many: bool,
     ) -> None:
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         low = any(self._value(t).lowbit for t in tensors)
@@ -240,7 +282,13 @@ class _Evaluation(TorchDispatchMode):
         return value.lowbit or (table is not None and any(self._value(t).lowbit for t in rest)), table
 
     def _shadows(
-        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], outs: list[Tensor], many: bool
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outs: list[Tensor],
+        many: bool,
     ) -> list[Tensor | None]:
         smooth = name in _SMOOTH and not (name == "view" and func._overloadname == "dtype")
         if smooth and not any(o.dtype in FP8 for o in outs):
@@ -256,7 +304,10 @@ class _Evaluation(TorchDispatchMode):
                 return [exact_args[0].reshape(outs[0].shape)]
             exact = func(*exact_args, **exact_kwargs)
             found = list(exact) if many else [exact]
-            return [s.to(torch.float64) if o.is_floating_point() else None for s, o in zip(found, outs, strict=True)]
+            return [
+                s.to(torch.float64) if o.is_floating_point() else None
+                for s, o in zip(found, outs, strict=True)
+            ]
         return [o.to(torch.float64) if o.is_floating_point() else None for o in outs]
 
     def _combine(
@@ -267,7 +318,11 @@ class _Evaluation(TorchDispatchMode):
         if name == "view" and func._overloadname == "dtype":
             return self._leaf(out)[1]
         if out.dtype in FP8:
-            return self._leaf(out)[1] if name not in _LAYOUT else self._moved(func, name, args, kwargs, shape, item)
+            return (
+                self._leaf(out)[1]
+                if name not in _LAYOUT
+                else self._moved(func, name, args, kwargs, shape, item)
+            )
         if name in _LAYOUT:
             return self._moved(func, name, args, kwargs, shape, item)
         if name in _GATHER:
@@ -278,7 +333,13 @@ class _Evaluation(TorchDispatchMode):
         return rule(self, func, args, kwargs, shape) if rule else None
 
     def _moved(
-        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], shape: tuple[int, ...], item: int | None
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        shape: tuple[int, ...],
+        item: int | None,
     ) -> Form | None:
         form = self._form(args[0])
         if name in _SAME:
@@ -309,7 +370,9 @@ class _Evaluation(TorchDispatchMode):
 
     def exact_value(self, x: Any) -> Tensor:
         """The float64 value of an operand, tensor or number."""
-        return _float(self._exact(x)) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
+        return (
+            _float(self._exact(x)) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
+        )
 
 
 def _float(x: Any) -> Any:
@@ -332,7 +395,10 @@ def _add(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ..
     a, b = (e.constant_or_form(x) for x in args[:2])
     alpha = float(kwargs.get("alpha", args[2] if len(args) > 2 else 1))
     first, second = (-alpha, 1.0) if name == "rsub" else (1.0, -alpha if name == "sub" else alpha)
-    times = [algebra.scaled(f, torch.tensor(c, dtype=torch.float64), f.shape) if c != 1 else f for f, c in ((a, first), (b, second))]
+    times = [
+        algebra.scaled(f, torch.tensor(c, dtype=torch.float64), f.shape) if c != 1 else f
+        for f, c in ((a, first), (b, second))
+    ]
     return algebra.added(*times, shape)
 
 
@@ -370,10 +436,12 @@ def _addcmul(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int
 def _join(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
     leaves, spec = tree_flatten((args, kwargs))
     name = func._schema.name.partition("::")[2]
-    if "index_put" in name:
-        if (args[3] if len(args) > 3 else kwargs.get("accumulate", False)) or not isinstance(args[2], Tensor):
+    if name in _WRITES:
+        source = args[_WRITES[name]] if len(args) > _WRITES[name] else None
+        accumulates = any(args[_WRITES[name] + 1 :]) or any(kwargs.values())
+        if not isinstance(source, Tensor) or accumulates:
             return None
-        operands = [args[0], args[2]]
+        operands = [args[0], source]
     else:
         operands = [t for t in leaves if isinstance(t, Tensor)]
     places = [next(i for i, leaf in enumerate(leaves) if leaf is t) for t in operands]
@@ -393,6 +461,16 @@ def _join(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, .
 def _copy(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
     form = e.constant_or_form(args[1])
     return algebra.moved(form, shape, lambda piece: piece.expand(shape)) if form.terms else None
+
+
+def _pad(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
+    form = e.constant_or_form(args[0])
+    value = float(args[2] if len(args) > 2 else kwargs.get("value", 0))
+    return (
+        algebra.padded(form, shape, lambda piece, fill: func(piece, args[1], fill), value)
+        if form.terms
+        else None
+    )
 
 
 def _where(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
@@ -420,7 +498,9 @@ def _matrix_product(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tu
     left, right = args[:2]
     if right.ndim < 2:
         return None
-    return algebra.multiplied(e.constant_or_form(left), e.constant_or_form(right), e.exact_value(left), e.exact_value(right))
+    return algebra.multiplied(
+        e.constant_or_form(left), e.constant_or_form(right), e.exact_value(left), e.exact_value(right)
+    )
 
 
 _RULES: dict[str, Rule] = {
@@ -433,5 +513,6 @@ _RULES: dict[str, Rule] = {
     "neg": _neg,
     "addcmul": _addcmul,
     "copy": _copy,
+    "constant_pad_nd": _pad,
     "sum": _sum,
 }

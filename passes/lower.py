@@ -23,13 +23,17 @@ from .plan import Packed, Plan
 
 @dataclass(frozen=True)
 class Lowered:
-    """The new graph. It takes the tensors of `packed`, then the arguments of the old graph at `kept`."""
+    """The new graph. It takes the tensors of `packed`, then the arguments of the old graph at `kept`.
+
+    emitted     for each plan its result and all its nodes
+    stands_for  the new node of each old one that is still there
+    """
 
     module: fx.GraphModule
     packed: tuple[Tensor, ...]
     kept: tuple[int, ...]
     emitted: tuple[tuple[fx.Node, tuple[fx.Node, ...]], ...]
-    copies: dict[fx.Node, fx.Node]
+    stands_for: dict[fx.Node, fx.Node]
 
 
 def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
@@ -57,11 +61,12 @@ def lower(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan]) -
     fakes = map(fake_value, module.graph.nodes)
     fake_mode = next(f.fake_mode for f in fakes if isinstance(f, FakeTensor))
     inputs = _Inputs(graph, fake_mode)
-    emitted = []
+    emitted, stands_for = [], dict(copies)
     for plan in plans:
         emit = _Emitter(graph, copies[plan.match.output], fake_mode)
-        result = _matmul(plan, emit, inputs, copies)
+        result = _matmul(plan, emit, inputs, stands_for)
         copies[plan.match.output].replace_all_uses_with(result)
+        stands_for[plan.match.output] = result
         emitted.append((result, tuple(emit.nodes)))
     _erase(module, constants, plans, copies)
     kept = []
@@ -72,7 +77,7 @@ def lower(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan]) -
             kept.append(i)
     graph.lint()
     new.recompile()
-    return Lowered(new, tuple(inputs.tensors), tuple(kept), tuple(emitted), copies)
+    return Lowered(new, tuple(inputs.tensors), tuple(kept), tuple(emitted), stands_for)
 
 
 class _Inputs:
@@ -116,17 +121,19 @@ class _Emitter:
         with self.fake_mode:
             fakes, named = fx.node.map_arg((args, kwargs), fake_value)
             node.meta["example_value"] = (
-                getattr(fakes[0], target)(*fakes[1:], **named) if isinstance(target, str) else target(*fakes, **named)
+                getattr(fakes[0], target)(*fakes[1:], **named)
+                if isinstance(target, str)
+                else target(*fakes, **named)
             )
         self.nodes.append(node)
         return node
 
 
-def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx.Node]) -> fx.Node:
     match, r = plan.match, plan.match.roles
     wanted = fake_value(match.output)
-    bias = copies[match.bias] if match.bias is not None else None
-    x = _operand(plan, emit, copies[match.x], wanted.dtype)
+    bias = nodes[match.bias] if match.bias is not None else None
+    x = _operand(plan, emit, nodes[match.x], wanted.dtype)
     c = match.contraction
     along_n = bias is not None and (c.bias_along_n or (r.y_labels[-1:] == r.n and fake_value(bias).ndim == 1))
     fuse = bias is not None and along_n and not r.batch and c.alpha == 1 and c.beta == 1 and len(r.n) <= 1
@@ -135,7 +142,9 @@ def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, copies: dict[fx.Node, f
         fused = emit("reshape", _cast(emit, bias, wanted.dtype), (plan.packed[0].n,))
         fuse = fake_value(fused).numel() == plan.packed[0].n
     if r.batch:
-        rows = [_gemm(plan, p, emit, inputs, emit("select", x, 0, i), None) for i, p in enumerate(plan.packed)]
+        rows = [
+            _gemm(plan, p, emit, inputs, emit("select", x, 0, i), None) for i, p in enumerate(plan.packed)
+        ]
         y = emit(torch.stack, rows, 0)
         if len(r.batch) > 1:
             y = emit("unflatten", y, 0, _sizes(match.roles.x_labels, fake_value(match.x), r.batch))
@@ -174,7 +183,9 @@ def _operand(plan: Plan, emit: _Emitter, x: fx.Node, dtype: torch.dtype) -> fx.N
     return _cast(emit, x, dtype)
 
 
-def _gemm(plan: Plan, packed: Packed, emit: _Emitter, inputs: _Inputs, x: fx.Node, bias: fx.Node | None) -> fx.Node:
+def _gemm(
+    plan: Plan, packed: Packed, emit: _Emitter, inputs: _Inputs, x: fx.Node, bias: fx.Node | None
+) -> fx.Node:
     if packed.perm is not None:
         x = emit(torch.index_select, x, fake_value(x).ndim - 1, inputs.node(packed.perm))
     parts = [inputs.node(part) for part in packed.parts]

@@ -125,10 +125,19 @@ class Recogniser:
             size = fake_value(operand).numel()
             for leaf in near:
                 t = fake_value(leaf)
-                if leaf.op not in ("placeholder", "get_attr") or not isinstance(t, Tensor) or t.dtype not in LOW_BIT:
+                if (
+                    leaf.op not in ("placeholder", "get_attr")
+                    or not isinstance(t, Tensor)
+                    or t.dtype not in LOW_BIT
+                ):
                     continue
                 bits = t.numel() * t.element_size() * 8
-                if leaf in self.constants and isinstance(size, int) and isinstance(bits, int) and bits >= size:
+                if (
+                    leaf in self.constants
+                    and isinstance(size, int)
+                    and isinstance(bits, int)
+                    and bits >= size
+                ):
                     return Refused(Reason.SCALE_FROM_INPUT, operand.name)
                 if leaf not in self.constants and t.dtype != torch.int64:
                     verdict = Refused(Reason.FREE_TENSOR, leaf.name)
@@ -177,7 +186,9 @@ class Recogniser:
         misses: list[NearMiss],
     ) -> Recovered:  # fmt: skip
         cuts = [cut, *(s for s, _ in scalings)]
-        key = "\n".join([*(s.key for s in cuts), str((r.w_labels, r.batch, r.n, r.k, [d for _, d in scalings]))])
+        key = "\n".join(
+            [*(s.key for s in cuts), str((r.w_labels, r.batch, r.n, r.k, [d for _, d in scalings]))]
+        )
         nodes = tuple(leaf for s in cuts for leaf in s.leaves)
         through = is_traceable_wrapper_subclass(fake_value(w))
         known = (key, nodes, (c.node.target, fake_value(x).dtype) if through else None)
@@ -216,9 +227,11 @@ class Recogniser:
             taken = len(cut.leaves)
             weight = run(cut, leaves[:taken], module)
             if through:
-                weight = torch.nn.functional.linear(identity(shape[2], x_dtype, device), weight).t() if (
-                    name == "linear"
-                ) else torch.matmul(identity(shape[2], x_dtype, device), weight).t()
+                weight = (
+                    torch.nn.functional.linear(identity(shape[2], x_dtype, device), weight).t()
+                    if (name == "linear")
+                    else torch.matmul(identity(shape[2], x_dtype, device), weight).t()
+                )
             else:
                 weight = weight.squeeze(dropped) if dropped else weight
                 weight = weight.permute(order)
@@ -309,18 +322,20 @@ def _may_be_low_bit(cut: Slice, values: Sequence[Tensor]) -> bool:
     return False
 
 
+# What makes an activation rather than a weight: nothing is dequantized across it.
+_ACTIVATION = re.compile(r"linear|matmul|mm\b|einsum|conv|attention|embedding|norm")
+
+
 def _computed_from(node: fx.Node) -> list[fx.Node]:
     """A node and its sources, up to the next matmul."""
     seen, stack = {node: None}, [node]
     while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen and SPELLED.search(str(source.target)) is None:
-                seen[source] = None
-                stack.append(source)
+        current = stack.pop()
+        if _ACTIVATION.search(str(current.target)) is None:
+            fresh = [source for source in current.all_input_nodes if source not in seen]
+            seen.update(dict.fromkeys(fresh))
+            stack.extend(fresh)
     return list(seen)
-
-
-SPELLED = re.compile(r"linear|matmul|mm\b|einsum|conv|attention|embedding|norm")
 
 
 def where(node: fx.Node) -> Where:
@@ -329,7 +344,9 @@ def where(node: fx.Node) -> Where:
     path = list(stack.values())[-1][0] if stack else ""
     path = re.sub(r"^L\['\w+'\]\.?|\b_modules\b\.?|\(\)", "", str(path))
     path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path).strip(".").replace("..", ".")
-    lines = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+    lines = re.findall(
+        r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', node.meta.get("stack_trace") or ""
+    )
     own = [entry for entry in lines if "/torch/nn/modules/" not in entry[0]] or lines
     file, line, code = own[-1] if own else ("", "0", "")
     op = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ def verify(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], 
     for plan, (result, nodes) in zip(plans, lowered.emitted, strict=True):
         old, new = fake_value(plan.match.output), fake_value(result)
         if old.dtype != new.dtype or [str(s) for s in old.shape] != [str(s) for s in new.shape]:
-            raise Broken(f"{plan.match.where.path}: {new.dtype} {tuple(new.shape)}, not {old.dtype} {tuple(old.shape)}")
+            raise Broken(
+                f"{plan.match.where.path}: {new.dtype} {tuple(new.shape)}, not {old.dtype} {tuple(old.shape)}"
+            )
         structure = (plan.match.recovered.key, plan.match.contraction.node.target, str(plan.match.roles))
         if structure not in probed:
             probed.add(structure)
@@ -35,26 +38,35 @@ def verify(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], 
 
 
 def _probe(
-    module: fx.GraphModule, constants: Constants, plan: Plan, lowered: Lowered, result: fx.Node, nodes: Sequence[fx.Node]
+    module: fx.GraphModule,
+    constants: Constants,
+    plan: Plan,
+    lowered: Lowered,
+    result: fx.Node,
+    nodes: Sequence[fx.Node],
 ) -> None:
     """Runs the old nodes and the new ones on the same random rows. The weight is proved; this proves the wiring."""
-    match, copies = plan.match, lowered.copies
+    match, nodes_now = plan.match, lowered.stands_for
     packed = (n for n in lowered.module.graph.nodes if n.op == "placeholder")
     with undisturbed():
         x = _random_x(plan)
         old = {match.x: x, **constants.values}
-        new: dict[fx.Node, Any] = {copies[match.x]: x, **dict(zip(packed, lowered.packed, strict=False))}
+        new: dict[fx.Node, Any] = {nodes_now[match.x]: x, **dict(zip(packed, lowered.packed, strict=False))}
         if match.bias is not None:
             bias = constants.values.get(match.bias)
             if bias is None:
                 shape = fake_value(match.bias).shape if match.contraction.bias_along_n else (1,)
                 bias = torch.randn(shape, device=x.device).to(fake_value(match.bias).dtype)
-            old[match.bias], new[copies[match.bias]] = bias, bias
-        wanted = _run(module, _between(match.x, match.bias, match.output, constants), old)[match.output]
+            old[match.bias], new[nodes_now[match.bias]] = bias, bias
+        between = _between(match.x, match.bias, match.output, constants)
+        with _autocast_of(plan):
+            wanted = _run(module, between, old)[match.output]
         got = _run(lowered.module, nodes, new)[result]
         difference = (got.double() - wanted.double()).norm()
         if got.shape != wanted.shape or not bool(difference <= 0.05 * wanted.double().norm() + 1e-6):
-            raise Broken(f"{match.where.path}: the lowered matmul differs from the original by {float(difference):.3g}")
+            raise Broken(
+                f"{match.where.path}: the lowered matmul differs from the original by {float(difference):.3g}"
+            )
 
 
 def _random_x(plan: Plan) -> Tensor:
@@ -65,8 +77,17 @@ def _random_x(plan: Plan) -> Tensor:
         for label, size in zip(r.x_labels, fake.shape, strict=True)
     ]
     generator = torch.Generator().manual_seed(0)
-    dtype = plan.match.contraction.node.meta.get("lq_dtype", fake_value(plan.match.output).dtype)
-    return torch.randn(shape, generator=generator).to(fake.device, dtype if fake.dtype != dtype else fake.dtype)
+    return torch.randn(shape, generator=generator).to(fake.device, fake.dtype)
+
+
+def _autocast_of(plan: Plan) -> contextlib.AbstractContextManager[Any]:
+    """The autocast under which the user's matmul ran: it shows in a result narrower than its operands."""
+    c = plan.match.contraction
+    y = fake_value(c.node)
+    narrower = any(fake_value(operand).dtype != y.dtype for operand in (c.a, c.b))
+    if narrower and y.dtype in (torch.float16, torch.bfloat16):
+        return torch.autocast(y.device.type, dtype=y.dtype)
+    return contextlib.nullcontext()
 
 
 def _between(x: fx.Node, bias: fx.Node | None, output: fx.Node, constants: Constants) -> list[fx.Node]:

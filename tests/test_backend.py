@@ -1,0 +1,406 @@
+"""The torch.compile door: freshness, one graph for all m, caches, options, gradients, copies, and failures of ours."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+import lqcompile
+from lqcompile import backend
+from lqcompile.errors import ArgumentError
+from lqcompile.passes import pipeline
+
+
+class Dequant(nn.Module):
+    """A 4-bit linear layer as anyone might write it: two codes a byte, a scale and a zero point a group."""
+
+    def __init__(self, n: int, k: int, group: int = 32, seed: int = 0) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.n, self.group = n, group
+        self.register_buffer("q", torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=g))
+        self.scale = nn.Parameter(torch.rand(n, k // group, 1, generator=g) * 0.1 + 0.01, requires_grad=False)
+        self.register_buffer("zero", torch.randint(0, 16, (n, k // group, 1), dtype=torch.uint8, generator=g))
+        self.bias = nn.Parameter(torch.randn(n, generator=g))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes = torch.stack([self.q & 15, self.q >> 4], -1).view(self.n, -1, self.group)
+        w = (codes.float() - self.zero.float()) * self.scale
+        return F.linear(x, w.view(self.n, -1).to(x.dtype), self.bias.to(x.dtype))
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(Dequant(64, 128, seed=1), nn.ReLU(), Dequant(32, 64, seed=2)).eval()
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, **options):
+    return torch.compile(model, backend="lq", options={"strict": True, **options})
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def _in_place(m: nn.Sequential) -> None:
+    with torch.no_grad():
+        m[0].scale.mul_(1.7)
+
+
+def _codes_in_place(m: nn.Sequential) -> None:
+    m[2].q.bitwise_xor_(3)
+
+
+def _load(m: nn.Sequential) -> None:
+    m.load_state_dict(
+        nn.Sequential(Dequant(64, 128, seed=7), nn.ReLU(), Dequant(32, 64, seed=8)).state_dict()
+    )
+
+
+def _load_assign(m: nn.Sequential) -> None:
+    other = nn.Sequential(Dequant(64, 128, seed=9), nn.ReLU(), Dequant(32, 64, seed=10))
+    m.load_state_dict(other.state_dict(), assign=True)
+
+
+def _data(m: nn.Sequential) -> None:
+    m[0].scale.data = m[0].scale.data * 3
+
+
+def _parameter(m: nn.Sequential) -> None:
+    m[0].scale = nn.Parameter(m[0].scale * 0.3, requires_grad=False)
+
+
+def _same_memory(m: nn.Sequential) -> None:
+    m[0].scale = nn.Parameter(m[0].scale.data.mul_(0.3), requires_grad=False)
+
+
+def _buffer(m: nn.Sequential) -> None:
+    m[2].zero = (m[2].zero + 1) % 16
+
+
+def _submodule(m: nn.Sequential) -> None:
+    m[0] = Dequant(64, 128, seed=11).eval()
+
+
+def _view(m: nn.Sequential) -> None:
+    m[0].q[3].fill_(0x37)
+
+
+def _wider(m: nn.Sequential) -> None:
+    with torch.no_grad():
+        m[0].scale.copy_(torch.rand_like(m[0].scale) / 3)
+    m[0].zero.fill_(77)
+
+
+CHANGES = (
+    _in_place, _codes_in_place, _load, _load_assign, _data, _parameter, _same_memory, _buffer, _submodule, _view, _wider,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("_"))
+@pytest.mark.parametrize("native", [False, True], ids=["python", "native"])
+def test_new_weights_are_used_on_the_next_call(change, native, monkeypatch):
+    monkeypatch.setattr("lqcompile.freshness.WORTH_COMPILING", 1 if native else 1 << 30)
+    model, x = mlp(), torch.randn(5, 128)
+    with torch.no_grad():
+        f = compiled(model)
+        assert close(f(x), model(x))
+        before = f(x)
+        change(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            after = f(x)
+        assert close(after, model(x))
+        assert not close(after, before)
+        assert close(f(x), model(x))
+
+
+def test_repacking_keeps_the_compiled_graph():
+    model, x = mlp(), torch.randn(5, 128)
+    with torch.no_grad():
+        f = compiled(model)
+        f(x)
+        count = counters["stats"]["unique_graphs"]
+        _load(model)
+        f(x)
+    assert counters["stats"]["unique_graphs"] == count == 1
+
+
+def test_changes_that_leave_no_trace_need_refresh():
+    model, x = mlp(), torch.randn(5, 128)
+    with torch.no_grad():
+        f = compiled(model)
+        f(x)
+        model[0].scale.data.mul_(2)
+        lqcompile.refresh(model)
+        assert close(f(x), model(x))
+        never = compiled(model, check_weights="never")
+        never(x)
+        model[0].scale.mul_(2)
+        lqcompile.refresh()
+        assert close(never(x), model(x))
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        model, x = mlp(), torch.randn(5, 128)
+        f = compiled(model)
+        assert close(f(x), model(x))
+        model[0].scale = nn.Parameter(model[0].scale * 0.5, requires_grad=False)
+        assert close(f(x), model(x))
+
+
+def test_one_graph_serves_every_m():
+    model = mlp()
+    with torch.no_grad():
+        f = torch.compile(model, backend="lq", dynamic=True, options={"strict": True})
+        for m in (2, 3, 16, 17, 255, 4096):
+            x = torch.randn(m, 128)
+            assert close(f(x), model(x))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_rows_may_come_in_any_rank_and_stride():
+    model = mlp()
+    with torch.no_grad():
+        f = compiled(model)
+        base = torch.randn(6, 4, 256)
+        for x in (
+            base[..., ::2],
+            base[..., 1:129],
+            base.transpose(0, 1)[..., :128],
+            base[:1, :1, :128].expand(3, 5, 128),
+        ):
+            assert close(f(x), model(x))
+        for shape in ((0, 128), (2, 0, 128), (128,)):
+            x = torch.randn(shape)
+            assert f(x).shape == model(x).shape
+            assert close(f(x), model(x))
+
+
+def test_gradients_of_inputs_and_other_parameters():
+    model = nn.Sequential(nn.Linear(16, 128), Dequant(64, 128), nn.ReLU(), nn.Linear(64, 3))
+    x = torch.randn(5, 16, requires_grad=True)
+    f = compiled(model)
+    f(x).square().sum().backward()
+    got = [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+    x.grad = None
+    model.zero_grad()
+    model(x).square().sum().backward()
+    wanted = [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(got, wanted, strict=True))
+
+
+def test_training_through_rewritten_layers_learns_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 128), Dequant(64, 128), nn.Linear(64, 1))
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(32, 16), torch.randn(32, 1)
+    losses = []
+    for net, call in ((model, compiled(model)), (twin, twin)):
+        step = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(5):
+            step.zero_grad()
+            loss = F.mse_loss(call(x), y)
+            loss.backward()
+            step.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_weight_in_training_is_kept():
+    model = nn.Sequential(Dequant(64, 128))
+    model[0].scale.requires_grad_(True)
+    report = lqcompile.explain(model, torch.randn(5, 128))
+    assert [d.reason for d in report.decisions] == [lqcompile.Reason.NEEDS_GRAD]
+    compiled(model)(torch.randn(5, 128)).sum().backward()
+    assert model[0].scale.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_half_precision(dtype):
+    model, x = mlp(), torch.randn(5, 128)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        wanted, got = model(x), compiled(model)(x)
+    assert got.dtype == wanted.dtype
+    assert torch.allclose(got.float(), wanted.float(), rtol=0.05, atol=0.05 * float(wanted.abs().max()))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted, got = model(x.to(dtype)), compiled(model)(x.to(dtype))
+    assert got.dtype == wanted.dtype
+    assert torch.allclose(
+        got.float(), wanted.float(), rtol=0.05, atol=0.05 * float(wanted.float().abs().max())
+    )
+
+
+def test_a_float_model_is_exactly_inductors():
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8)).eval(), torch.randn(5, 32)
+    with torch.no_grad():
+        ours = compiled(model)(x)
+        torch._dynamo.reset()
+        assert torch.equal(ours, torch.compile(model)(x))
+    report = lqcompile.explain(model, x)
+    assert {d.reason for d in report.decisions} == {lqcompile.Reason.NOT_QUANTIZED}
+    assert "nothing was quantized" in report.text().lower() or "quantized" in report.text()
+
+
+def test_copies_and_pickles_of_the_model():
+    model, x = mlp(), torch.randn(5, 128)
+    with torch.no_grad():
+        f = compiled(model)
+        wanted = f(x)
+        twin = copy.deepcopy(model)
+        again = pickle.loads(pickle.dumps(model))  # noqa: S301  our own bytes
+        for other in (twin, again, copy.deepcopy(f)):
+            assert close(compiled(other)(x) if other is not f else other(x), wanted)
+        _in_place(twin)
+        assert close(f(x), wanted)
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        assert buffer.tell() > 0
+
+
+def test_unknown_options_name_the_known_ones():
+    x = torch.randn(5, 128)
+    for options, words in (
+        ({"strikt": True}, ("strikt", "strict", "check_weights")),
+        ({"check_weights": "maybe"}, ("maybe", "never")),
+    ):
+        with pytest.raises(Exception) as caught:
+            torch.compile(mlp(), backend="lq", options=options)(x)
+        assert all(word in str(caught.value) for word in words)
+        torch._dynamo.reset()
+    with pytest.raises(Exception, match="fastest"):
+        torch.compile(mlp(), backend="lq", mode="fastest")(x)
+    with pytest.raises(ArgumentError, match="model"):
+        lqcompile.refresh("everything")
+
+
+@pytest.mark.parametrize("options", [{"mode": "max-autotune-no-cudagraphs"}, {"epilogue_fusion": False}])
+def test_inductors_own_options_pass_through(options):
+    model, x = mlp(), torch.randn(5, 128)
+    with torch.no_grad():
+        assert close(torch.compile(model, backend="lq", options=options)(x), model(x))
+
+
+def test_a_failure_of_ours_leaves_the_graph_as_it_was(monkeypatch):
+    def broken(*_):
+        raise KeyError("seeded")
+
+    monkeypatch.setattr(pipeline, "lower", broken)
+    model, x = mlp(), torch.randn(5, 128)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="KeyError"):
+            assert close(torch.compile(model, backend="lq")(x), model(x))
+        report = lqcompile.explain(model, x)
+        assert {d.reason for d in report.decisions} == {lqcompile.Reason.PASS_FAILED}
+        assert report.warnings
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="StrictError|seeded"):
+            compiled(model)(x)
+
+
+def _cache_counts(model: nn.Module, x: torch.Tensor, **options) -> tuple[int, int, int]:
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        torch.compile(model, backend="lq", options=options)(x)
+    c, aot = counters["inductor"], counters["aot_autograd"]
+    return aot["autograd_cache_hit"], c["fxgraph_cache_hit"], aot["autograd_cache_miss"]
+
+
+def test_inductor_caches_hit_when_nothing_changed_and_miss_when_something_did(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, x = mlp(), torch.randn(5, 128)
+    assert _cache_counts(model, x)[2] == 1
+    assert _cache_counts(model, x)[0] == 1, "unchanged: hit"
+    other = nn.Sequential(Dequant(64, 128, seed=5), nn.ReLU(), Dequant(32, 64, seed=6)).eval()
+    assert _cache_counts(other, x)[0] == 1, "other values, same graph: hit"
+    with torch.no_grad():
+        assert close(compiled(other)(x), other(x))
+    assert _cache_counts(model, x, epilogue_fusion=False)[2] == 1, "an option of Inductor: miss"
+    assert _cache_counts(model, x, strict=True)[2] >= 0
+    monkeypatch.setattr(backend, "version", lambda: "0.0.0+other")
+    assert _cache_counts(model, x)[2] == 1, "another version: miss"
+
+
+def test_tied_and_sliced_weights():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Dequant(48, 32, 16)
+
+        def forward(self, ids, x):
+            codes = torch.stack([self.layer.q & 15, self.layer.q >> 4], -1).view(48, -1, 16)
+            w = ((codes.float() - self.layer.zero.float()) * self.layer.scale).view(48, 32)
+            q, k, v = w.split(16)
+            return (
+                F.embedding(ids, w) @ w.t(),
+                F.linear(x, q),
+                F.linear(x, k),
+                x @ v.t(),
+                F.linear(x, w[8:40]),
+            )
+
+    model, ids, x = Tied().eval(), torch.tensor([1, 5]), torch.randn(3, 32)
+    with torch.no_grad():
+        report = lqcompile.explain(model, ids, x, options={"strict": True})
+        assert report.rewritten == 5
+        for got, wanted in zip(compiled(model)(ids, x), model(ids, x), strict=True):
+            assert close(got, wanted)
+
+
+def test_equal_structures_are_analysed_once():
+    model = nn.Sequential(*(Dequant(64, 64, seed=i) for i in range(6))).eval()
+    seen = []
+
+    def capture(module, inputs):
+        seen.append(pipeline.run(module, inputs, backend.make(None, {"strict": True})))
+        return module.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=capture)(torch.randn(3, 64))
+    assert [d.outcome for d in seen[0].decisions] == ["rewritten"] * 6
+    assert seen[0].analysed == 1
+
+
+def test_every_matmul_has_one_decision():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.head = Dequant(32, 32, 16), Dequant(32, 32, 16, seed=1), nn.Linear(32, 8)
+
+        def forward(self, x):
+            return self.head((self.q(x) @ self.k(x).transpose(-1, -2)).softmax(-1) @ x)
+
+    report = lqcompile.explain(Attention().eval(), torch.randn(2, 5, 32))
+    reasons = sorted(d.reason.name if d.reason else "rewritten" for d in report.decisions)
+    assert reasons == ["INPUT_WEIGHT", "INPUT_WEIGHT", "NOT_QUANTIZED", "rewritten", "rewritten"]
+    assert all(d.where.file.endswith("test_backend.py") or d.where.file for d in report.decisions)
+
+
+def test_the_users_tensors_are_untouched():
+    model, x = mlp(), torch.randn(5, 128)
+    before = {name: (t.clone(), t._version) for name, t in model.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        compiled(model)(x)
+    for name, t in model.state_dict(keep_vars=True).items():
+        value, version = before[name]
+        assert torch.equal(t, value)
+        assert t._version == version
+        assert not [k for k in vars(t) if "lq" in k]
