@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import sympy
 import torch
-from torch.nn import functional as F
 
 from ..device import Device
 from ..formats import UNIT_ROUNDOFF, code_range
@@ -25,27 +24,30 @@ def dequantize(parts: Sequence[torch.Tensor], call: Call, dtype: torch.dtype) ->
     widths = LAYOUTS[call.layout].widths(f)
     shape = (call.n, call.k // f.group, f.group)
     if f.form == "binary":
-        dense = torch.zeros(shape, dtype=work, device=parts[0].device)
-        for i, plane in enumerate(planes):
-            sign = unpack_plane(plane, 1, call.k, work).contiguous().mul_(2).sub_(1).view(shape)
-            dense.addcmul_(sign, named["alpha"][..., i, None].to(work))
-        if "offset" in named:
-            dense += named["offset"].unsqueeze(-1).to(work)
-        return dense.view(call.n, call.k).to(dtype)
+        # Level by level in float64: the planes of a small weight may cancel, and a sum of theirs would keep the error.
+        levels = _levels(named["alpha"].to(torch.float64), named.get("offset"))
+        index = _codes(planes, widths, call.k, torch.uint8).view(shape).long()
+        return levels.to(dtype).gather(-1, index).view(call.n, call.k)
     if f.form == "table":
-        index = _codes(planes, widths, call.k, torch.int32)
+        index = _codes(planes, widths, call.k, torch.uint8).view(shape).long()
         table = named["table"].to(work)
-        if table.ndim == 1:
-            dense = F.embedding(index, table.unsqueeze(1)).view(shape)
-        else:
-            rows = table.view(call.n, -1, 1 << f.bits).expand(call.n, shape[1], 1 << f.bits)
-            dense = rows.gather(-1, index.view(shape).long())
+        rows = table.view(1 if table.ndim == 1 else call.n, -1, 1 << f.bits)
+        dense = rows.expand(call.n, shape[1], 1 << f.bits).gather(-1, index)
     else:
         dense = _codes(planes, widths, call.k, work).view(shape)
         # One pass less where the zero is one number: codes are stored from 0, a signed format counts from its least.
         low = code_range(f)[0]
         dense = dense.sub_(named["zero"].unsqueeze(-1).to(work)) if "zero" in named else dense.add_(low)
     return dense.mul_(named["scale"].unsqueeze(-1).to(work)).view(call.n, call.k).to(dtype)
+
+
+def _levels(alpha: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+    """The 2**bits values that the weights of each group can take, [n, groups, 2**bits] in float64."""
+    bits = alpha.shape[-1]
+    code = torch.arange(1 << bits, device=alpha.device)
+    signs = ((code >> torch.arange(bits, device=alpha.device).unsqueeze(1)) & 1).to(torch.float64) * 2 - 1
+    levels = alpha @ signs
+    return levels if offset is None else levels + offset.unsqueeze(-1).to(torch.float64)
 
 
 def _codes(planes: Sequence[torch.Tensor], widths: Sequence[int], k: int, dtype: torch.dtype) -> torch.Tensor:

@@ -56,9 +56,7 @@ class Layout:
         for width in self.widths(w.format):
             parts.append(_pack_plane((codes >> shift) & ((1 << width) - 1), width))
             shift += width
-        for (_, dtype), name in zip(
-            self.shapes(w.format, w.n, w.k)[len(parts) :], parts_of(w.format), strict=True
-        ):
+        for (_, dtype), name in zip(self.shapes(w.format, w.n, w.k)[len(parts) :], parts_of(w.format), strict=True):
             parts.append(getattr(w, name).to(dtype).contiguous())
         if w.table is not None:
             parts.append(w.table.to(torch.float32).contiguous())
@@ -76,9 +74,7 @@ class Layout:
         if low < 0:
             codes = (codes.to(torch.int16) + low).to(torch.int8)
         named = dict(zip(self.names(format), parts, strict=True))
-        return QWeight(
-            format, n, k, codes, table=named.get("table"), **{name: named.get(name) for name in GROUPED}
-        )
+        return QWeight(format, n, k, codes, table=named.get("table"), **{name: named.get(name) for name in GROUPED})
 
 
 def check_parts(layout: Layout, parts: Sequence[torch.Tensor], format: Format, n: int, k: int) -> None:
@@ -119,7 +115,9 @@ def _expected(
 
 def _pack_plane(fields: torch.Tensor, width: int) -> torch.Tensor:
     per_byte = 8 // width
-    padded = F.pad(fields, (0, -fields.shape[1] % per_byte)).view(fields.shape[0], -1, per_byte)
+    padded = F.pad(fields, (0, -fields.shape[1] % per_byte)).view(
+        fields.shape[0], -(-fields.shape[1] // per_byte), per_byte
+    )
     packed = torch.zeros(padded.shape[:2], dtype=torch.uint8, device=fields.device)
     for j in range(per_byte):
         packed |= padded[..., j] << (j * width)

@@ -53,9 +53,7 @@ def _check(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call) 
         raise ArgumentError("x.shape", tuple(x.shape), f"[..., {call.k}]")
     if x.device != parts[0].device:
         raise ArgumentError("x.device", x.device, f"{parts[0].device}, where the weight is")
-    if bias is not None and (
-        tuple(bias.shape) != (call.n,) or bias.dtype != x.dtype or bias.device != x.device
-    ):
+    if bias is not None and (tuple(bias.shape) != (call.n,) or bias.dtype != x.dtype or bias.device != x.device):
         raise ArgumentError(
             "bias",
             f"{bias.dtype} {tuple(bias.shape)} on {bias.device}",
@@ -63,9 +61,7 @@ def _check(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call) 
         )
 
 
-def _launch(
-    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, route: str, out: Tensor
-) -> None:
+def _launch(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, route: str, out: Tensor) -> None:
     _check(x, parts, bias, call)
     if out.numel() == 0:
         return
@@ -79,9 +75,7 @@ def _launch(
             if refusal is None and (call.layout not in kernel.layouts or x.device.type not in kernel.devices):
                 refusal = f"{' | '.join(kernel.layouts)} on {' | '.join(kernel.devices)}"
             if refusal is not None:
-                raise ArgumentError(
-                    "route", route, f"for {call} on {x.device}, kernel {kernel.name}: {refusal}"
-                )
+                raise ArgumentError("route", route, f"for {call} on {x.device}, kernel {kernel.name}: {refusal}")
             return kernel.run(x, parts, bias, call, out)
 
 
@@ -97,17 +91,13 @@ def _define(layout: str) -> Any:
     LIBRARY.define(f"{name}.{VERSION}{_GEMM}")
     op = getattr(getattr(torch.ops.lq, name), VERSION)
 
-    def run(
-        x: Tensor, parts: list[Tensor], bias: Tensor | None, n: int, k: int, format: str, route: str
-    ) -> Tensor:
+    def run(x: Tensor, parts: list[Tensor], bias: Tensor | None, n: int, k: int, format: str, route: str) -> Tensor:
         call = Call(layout, Format.parse(format), n, k)
         out = x.new_empty((*x.shape[:-1], n))
         _launch(x, parts, bias, call, route, out)
         return out
 
-    def fake(
-        x: Tensor, parts: list[Tensor], bias: Tensor | None, n: int, k: int, format: str, route: str
-    ) -> Tensor:
+    def fake(x: Tensor, parts: list[Tensor], bias: Tensor | None, n: int, k: int, format: str, route: str) -> Tensor:
         _check(x, parts, bias, Call(layout, Format.parse(format), n, k))
         parse_route(route)
         return x.new_empty((*x.shape[:-1], n))

@@ -61,9 +61,7 @@ def _reset() -> None:
 lq.reset = _reset  # type: ignore[attr-defined]
 
 
-def _compile(
-    module: fx.GraphModule, inputs: Sequence[Any], config: Config, outcome: Outcome
-) -> Callable[..., Any]:
+def _compile(module: fx.GraphModule, inputs: Sequence[Any], config: Config, outcome: Outcome) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     ops.register_lowerings()
@@ -94,9 +92,7 @@ class _Fingerprint(CustomGraphPass):
     """
 
     def __init__(self, config: Config) -> None:
-        previous = config.inductor.get(
-            "post_grad_custom_pre_pass", torch._inductor.config.post_grad_custom_pre_pass
-        )
+        previous = config.inductor.get("post_grad_custom_pre_pass", torch._inductor.config.post_grad_custom_pre_pass)
         passes = previous if isinstance(previous, (list, tuple)) else [previous]
         self._previous = [p for p in passes if p is not None]
         self._text = f"{version()} {ops.VERSION} {config.fingerprint}"
@@ -150,9 +146,7 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         snapshot = self._snapshot
-        if snapshot is None or (
-            self._config.check_weights == "every_call" and snapshot.changed(self._sources(args))
-        ):
+        if snapshot is None or (self._config.check_weights == "every_call" and snapshot.changed(self._sources(args))):
             self._refresh(args)
         return self._compiled(*self._packed, *self._kept(args))
 
@@ -171,18 +165,14 @@ class Compiled:
             warnings.warn(warning, stacklevel=3)
         module = outcome.lowered.module if outcome.lowered else copy_module(self._module)[0]
         # Dynamo traces the lowered graph again, outside of the compilation that made it: shapes stay as dynamic.
-        self._adopt(
-            args, outcome, torch.compile(module, backend="inductor", options=dict(self._config.inductor))
-        )
+        self._adopt(args, outcome, torch.compile(module, backend="inductor", options=dict(self._config.inductor)))
 
     def forget(self) -> None:
         """The next call packs every weight again."""
         self._snapshot = None
 
 
-def _update(
-    args: tuple[Any, ...], recovered: Recovered, where: list[int], packed: tuple[Packed, ...]
-) -> bool:
+def _update(args: tuple[Any, ...], recovered: Recovered, where: list[int], packed: tuple[Packed, ...]) -> bool:
     sources = [args[i] if i >= 0 else old for i, old in zip(where, recovered.sources, strict=True)]
     weights = recovered.again(sources).weights
     return len(weights) == len(packed) and all(p.update(w) for p, w in zip(packed, weights, strict=True))
@@ -198,8 +188,8 @@ def refresh(model: torch.nn.Module | None = None) -> None:
     """Makes every compiled graph pack its weights again on its next call.
 
     Only needed after a change that leaves no trace, such as `p.data.mul_(2)` or a write through numpy, with
-    options={"check_weights": "never"}, or for tensors made in inference mode. Graphs are not told apart by model: packing
-    again is always right. Raises ArgumentError unless `model` is a module or None.
+    options={"check_weights": "never"}, or for tensors made in inference mode. Graphs are not told apart by model: to
+    pack again is always right. Raises ArgumentError unless `model` is a module or None.
     """
     if model is not None and not isinstance(model, torch.nn.Module):
         raise ArgumentError("model", type(model).__name__, "a torch.nn.Module, or None for all")
@@ -207,9 +197,7 @@ def refresh(model: torch.nn.Module | None = None) -> None:
         compiled.forget()
 
 
-def explain(
-    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
-) -> Report:
+def explain(model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
     """Runs `model(*inputs, **kwargs)` once, without compiling, and reports what "lq" would make of each matmul.
 
     Raises ArgumentError for an unknown option, and whatever the model itself raises.

@@ -41,9 +41,7 @@ def pieces(candidates: Sequence[Candidate], low: int, high: int | None) -> tuple
     for j in range(1, len(ms) + 1):
         if j == len(ms) or winners[j] != winners[start]:
             last = (high if j == len(ms) else ms[j] - 1) if j < len(ms) or high is not None else None
-            out.append(
-                Piece(ms[start], last, candidates[winners[start]].kernel, times[winners[start]][start])
-            )
+            out.append(Piece(ms[start], last, candidates[winners[start]].kernel, times[winners[start]][start]))
             start = j
     return tuple(out)
 

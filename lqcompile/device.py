@@ -24,9 +24,7 @@ class Device:
         if device.type == "cuda":
             p = torch.cuda.get_device_properties(device)
             # A datasheet's view: two transfers a memory clock; 1,024 half-precision FMAs a clock on each SM.
-            bandwidth = (
-                2 * getattr(p, "memory_clock_rate", 1.5e6) * 1e3 * getattr(p, "memory_bus_width", 256) / 8
-            )
+            bandwidth = 2 * getattr(p, "memory_clock_rate", 1.5e6) * 1e3 * getattr(p, "memory_bus_width", 256) / 8
             return Device("cuda", p.name, bandwidth, 2048.0 * p.multi_processor_count * 1.5e9, 3e-6)
         # Measured (CPU.md): one Sapphire Rapids core reads 17 GB/s and does 216 Gop/s of float32 FMA.
         threads = torch.get_num_threads()

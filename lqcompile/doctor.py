@@ -187,9 +187,7 @@ def _formats(kernel: registry.Kernel) -> str:
         tries = itertools.product(kernel.layouts, zeros, registry.X_DTYPES, kernel.devices)
         return any(
             form in LAYOUTS[layout].forms
-            and kernel.accepts(
-                registry.Call(layout, Format(form, bits, 128, zero, "float16"), 512, 512), dtype, device
-            )
+            and kernel.accepts(registry.Call(layout, Format(form, bits, 128, zero, "float16"), 512, 512), dtype, device)
             is None
             for layout, zero, dtype, device in tries
         )

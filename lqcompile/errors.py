@@ -14,9 +14,7 @@ class ArgumentError(LqError, ValueError):
 
     def __init__(self, name: str, value: object, accepted: str) -> None:
         shown = repr(value)
-        super().__init__(
-            f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}; accepted: {accepted}"
-        )
+        super().__init__(f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}; accepted: {accepted}")
         self.name, self.value, self.accepted = name, value, accepted
 
 

@@ -1,4 +1,4 @@
-"""What a quantized weight means: its float64 truth, the check that it is well formed, and the error bound of a matmul."""
+"""What a quantized weight means: its float64 truth, the check that it is well formed, and a matmul's error bound."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def validate(w: QWeight) -> QWeight:
         low, high = code_range(f)
         least, most = int(w.codes.min()), int(w.codes.max())
         if least < low or most > high:
-            raise ArgumentError(
-                "codes", f"[{least}, {most}]", f"codes from {low} to {high} for {f.bits} bits"
-            )
+            raise ArgumentError("codes", f"[{least}, {most}]", f"codes from {low} to {high} for {f.bits} bits")
     wanted = parts_of(f)
     for name in GROUPED:
         value = getattr(w, name)
@@ -64,6 +62,16 @@ def validate(w: QWeight) -> QWeight:
         _expect(name, value, shape, dtypes, w.codes.device)
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ArgumentError(name, "inf or NaN", "finite values")
+    _validate_table(w, groups)
+    if w.perm is not None:
+        _expect("perm", w.perm, (w.k,), (torch.int64,), w.codes.device)
+        if not torch.equal(w.perm.sort().values, torch.arange(w.k, device=w.perm.device)):
+            raise ArgumentError("perm", "not a permutation", f"each of 0..{w.k - 1} once")
+    return w
+
+
+def _validate_table(w: QWeight, groups: int) -> None:
+    f = w.format
     if (f.form == "table") != (w.table is not None):
         raise ArgumentError(
             "table", "given" if w.table is not None else None, f"{'a' if f.form == 'table' else 'no'} table"
@@ -76,11 +84,6 @@ def validate(w: QWeight) -> QWeight:
         _expect("table", w.table, tuple(w.table.shape), tuple(UNIT_ROUNDOFF), w.codes.device)
         if not bool(torch.isfinite(w.table).all()):
             raise ArgumentError("table", "inf or NaN", "finite values")
-    if w.perm is not None:
-        _expect("perm", w.perm, (w.k,), (torch.int64,), w.codes.device)
-        if not torch.equal(w.perm.sort().values, torch.arange(w.k, device=w.perm.device)):
-            raise ArgumentError("perm", "not a permutation", f"each of 0..{w.k - 1} once")
-    return w
 
 
 def _expect(
@@ -169,9 +172,9 @@ def refit(w: QWeight, format: Format, table_shape: tuple[int, ...] | None = None
     dtype = SCALE_DTYPES[format.scale_dtype]
     for name in ("scale", "alpha", "offset"):
         value = grouped[name]
-        if value is not None and format.scale_dtype != "float32":
-            if not torch.equal(value.to(dtype).to(value.dtype), value):
-                return None
+        exact = value is None or format.scale_dtype == "float32" or torch.equal(value.to(dtype).to(value.dtype), value)
+        if not exact:
+            return None
     codes, table = w.codes, w.table
     if f.form == "affine" and f.zero != format.zero:
         if format.zero == "none" or f.zero == "float":
@@ -194,7 +197,10 @@ def refit(w: QWeight, format: Format, table_shape: tuple[int, ...] | None = None
     if table is not None:
         if table_shape is None or table.ndim != len(table_shape):
             return None
-        table = torch.nn.functional.pad(table, (0, (1 << format.bits) - table.shape[-1]))
-        if table.ndim == 3:
-            table = table.repeat_interleave(repeat, dim=1)
+        table = _widened(table, format.bits, repeat)
     return QWeight(format, w.n, w.k, codes, table=table, perm=w.perm, **grouped)
+
+
+def _widened(table: torch.Tensor, bits: int, repeat: int) -> torch.Tensor:
+    table = torch.nn.functional.pad(table, (0, (1 << bits) - table.shape[-1]))
+    return table.repeat_interleave(repeat, dim=1) if table.ndim == 3 else table

@@ -31,9 +31,7 @@ NF4_LEVELS = (
 )  # fmt: skip
 
 
-def rtn(
-    weight: Tensor, bits: int, group: Group, symmetric: bool = False, scale_dtype: Dtype = None
-) -> QWeight:
+def rtn(weight: Tensor, bits: int, group: Group, symmetric: bool = False, scale_dtype: Dtype = None) -> QWeight:
     """Round-to-nearest affine quantization of a float `weight` [n, k]; `bits` 1..8, symmetric 2..8.
 
     `group` consecutive inputs share a scale; None or "row": one group per row. Asymmetric: uint8 codes, int16

@@ -97,9 +97,7 @@ class Report:
                 "bytes_after": self.bytes_after,
             },
             "decisions": [_decision_json(id, d) for id, d in _with_ids(self.decisions)],
-            "passes": [
-                {"name": p.name, "ms": round(1e3 * p.seconds, 3), "changed": p.changed} for p in self.passes
-            ],
+            "passes": [{"name": p.name, "ms": round(1e3 * p.seconds, 3), "changed": p.changed} for p in self.passes],
             "warnings": list(self.warnings),
         }
         return json.dumps(document, indent=1, default=str)
@@ -216,9 +214,7 @@ def _decision_json(id: str, d: Decision) -> dict[str, Any]:
         ]
     if d.reason is not None:
         out |= {"reason": d.reason.name.lower(), "advice": d.reason.advice}
-    out["near_misses"] = [
-        {"rule": m.rule, "reason": m.reason.name.lower(), "at": m.at} for m in d.near_misses
-    ]
+    out["near_misses"] = [{"rule": m.rule, "reason": m.reason.name.lower(), "at": m.at} for m in d.near_misses]
     return out
 
 

@@ -1,7 +1,7 @@
 """The algebra of a dequantized weight, carried through the operations that compute it.
 
-A `Form` is what a float tensor equals, exactly: sum_i coef_i * codes_i + offset, where codes_i are integers (or places in
-a short list of levels) and coef_i, offset are float64, all broadcast to the tensor's shape. Views, gathers, writes
+A `Form` is what a float tensor equals, exactly: sum_i coef_i * codes_i + offset, where codes_i are integers (or places
+in a short list of levels) and coef_i, offset are float64, all broadcast to the tensor's shape. Views, gathers, writes
 and casts move its pieces about; sums and products combine them. Whatever is not understood makes a Form without
 terms, a plain constant, so that ignorance is never wrong: recognition from the values alone takes over.
 """
@@ -85,9 +85,7 @@ def moved(form: Form, shape: Sequence[int], move: Callable[[Tensor], Tensor]) ->
     return Form(tuple(shape), terms, apply(form.offset))
 
 
-def joined(
-    forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Tensor]], Tensor]
-) -> Form | None:
+def joined(forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Tensor]], Tensor]) -> Form | None:
     """Several forms assembled into one tensor by `join` (cat, stack, a write into a slice). None if they do not agree.
 
     A form without a term, such as a fresh buffer that is written over, adds 0 * codes there.
@@ -108,8 +106,7 @@ def joined(
         levels = known[0].levels
         same = all((t.levels is None) == (levels is None) for t in known)
         if not same or (
-            levels is not None
-            and not all(torch.equal(t.levels, levels) for t in known if t.levels is not None)
+            levels is not None and not all(torch.equal(t.levels, levels) for t in known if t.levels is not None)
         ):
             return None
         dtypes = {t.codes.dtype for t in known}
@@ -133,9 +130,7 @@ def padded(form: Form, shape: Sequence[int], pad: Callable[[Tensor, float], Tens
         coef = t.coef if keep else pad(t.coef.expand(form.shape), 0.0)
         terms.append(replace(t, coef=coef, codes=pad(t.codes.expand(form.shape), 0)))
     same = is_uniform(form.offset) and float(form.offset) == value
-    return Form(
-        tuple(shape), tuple(terms), form.offset if same else pad(form.offset.expand(form.shape), value)
-    )
+    return Form(tuple(shape), tuple(terms), form.offset if same else pad(form.offset.expand(form.shape), value))
 
 
 def scaled(form: Form, factor: Tensor, shape: Sequence[int]) -> Form:
@@ -254,16 +249,10 @@ def multiplied(left: Form, right: Form, left_value: Tensor, right_value: Tensor)
     if left.terms:
         whole = (*left.shape, right.shape[-1])
         lifted = moved(left, (*left.shape, 1), lambda t: t.unsqueeze(-1))
-        return (
-            summed(scaled(lifted, right_value.unsqueeze(-3), whole), len(whole) - 2, False)
-            if inner <= 8
-            else None
-        )
+        return summed(scaled(lifted, right_value.unsqueeze(-3), whole), len(whole) - 2, False) if inner <= 8 else None
     whole = (*left.shape, right.shape[-1])
     lifted = moved(right, (*right.shape[:-2], 1, *right.shape[-2:]), lambda t: t.unsqueeze(-3))
-    return (
-        summed(scaled(lifted, left_value.unsqueeze(-1), whole), len(whole) - 2, False) if inner <= 8 else None
-    )
+    return summed(scaled(lifted, left_value.unsqueeze(-1), whole), len(whole) - 2, False) if inner <= 8 else None
 
 
 def masked(condition: Tensor, a: Tensor, b: Tensor, shape: Sequence[int]) -> Form | None:

@@ -72,7 +72,7 @@ def roles(c: Contraction, weight: fx.Node) -> Roles:
 
 
 def contraction(node: fx.Node) -> Contraction | None:
-    """The contraction that a node computes, or None if it is no matmul. Raises Refused for one that cannot be described."""
+    """The contraction that a node computes, None if it is no matmul. Raises Refused for one beyond description."""
     name = _name(node)
     spelling = SPELLINGS.get(name) if name else None
     if spelling is None or not isinstance(fake_value(node), torch.Tensor):
@@ -179,9 +179,7 @@ def _einsum(node: fx.Node, args: _Arguments) -> Contraction:
     terms = left.split(",")
     if len(terms) != 2:
         raise Refused(Reason.UNSUPPORTED_SPELLING, node.name)
-    widths = [
-        fake_value(t).ndim - len(term.replace("...", "")) for t, term in zip(tensors, terms, strict=True)
-    ]
+    widths = [fake_value(t).ndim - len(term.replace("...", "")) for t, term in zip(tensors, terms, strict=True)]
     dots = [widths[i] if "..." in term else 0 for i, term in enumerate(terms)]
     most = max(dots)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..errors import Reason, Refused
 
 _IN_PLACE = {
-    getattr(operator, name)
-    for name in (
-        "setitem iadd isub imul itruediv ifloordiv imod iand ior ixor ilshift irshift ipow imatmul".split()
-    )
-}
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.ipow, operator.imatmul,
+}  # fmt: skip
 
 
 def fake_value(node: fx.Node) -> Any:
@@ -124,9 +122,7 @@ class Constants:
                 storage
                 for storage, writers in self._writers.items()
                 if storage not in self._tainted
-                and any(
-                    i not in constant for w in writers for i in w.all_input_nodes if storage_of(i) != storage
-                )
+                and any(i not in constant for w in writers for i in w.all_input_nodes if storage_of(i) != storage)
             }
             if not spoiled:
                 return constant
@@ -142,19 +138,21 @@ class Constants:
         return all(i in constant for i in node.all_input_nodes)
 
     def mutated(self, node: fx.Node) -> bool:
-        """Whether a node reads a parameter or buffer that the graph writes to."""
-        return any(storage_of(n) in self._tainted and n in self.values for n in self.ancestors(node))
+        """Whether a node is a parameter or buffer that the graph writes to."""
+        return node in self.values and storage_of(node) in self._tainted
 
-    def ancestors(self, node: fx.Node) -> Iterator[fx.Node]:
-        """The node and everything that it is computed from."""
-        seen, stack = {node}, [node]
+    def computed_from(self, node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
+        """A node and all that it is computed from, writes included, but nothing beyond the nodes at which to `stop`."""
+        seen, stack = {node: None}, [node]
         while stack:
             current = stack.pop()
-            yield current
-            for source in current.all_input_nodes:
-                if source not in seen:
-                    seen.add(source)
-                    stack.append(source)
+            if not stop(current):
+                storage = storage_of(current)
+                writers = self._writers.get(storage, ()) if storage is not None else ()
+                fresh = [n for n in (*current.all_input_nodes, *writers) if n not in seen]
+                seen.update(dict.fromkeys(fresh))
+                stack.extend(fresh)
+        return list(seen)
 
     def slice(self, result: fx.Node, before: fx.Node) -> Slice:
         """The slice that computes `result` as node `before` reads it."""
@@ -192,9 +190,7 @@ def _version_at_birth(node: fx.Node) -> int:
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake_value)
     fresh = (
-        getattr(args[0], node.target)(*args[1:], **kwargs)
-        if node.op == "call_method"
-        else node.target(*args, **kwargs)
+        getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)
     )
     return fresh._version if isinstance(fresh, torch.Tensor) else 0
 

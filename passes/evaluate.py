@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     is_traceable_wrapper_subclass,
 )
-from torch.utils._pytree import tree_any, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from ..errors import Reason, Refused
 from ..formats import UNIT_ROUNDOFF
-from . import algebra
+from . import algebra, rules
 from .algebra import Form
+from .rules import Operation
 
 FP8 = (
     torch.float8_e4m3fn,
@@ -34,48 +35,6 @@ FP8 = (
     torch.float8_e5m2fnuz,
     torch.float8_e8m0fnu,
 )
-
-_SAME = {"clone", "detach", "alias", "contiguous", "lift_fresh_copy", "lift_fresh", "lift", "_to_copy", "to"}
-_RESHAPE = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
-_LAYOUT = {
-    *_SAME, *_RESHAPE, "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select", "split",
-    "split_with_sizes", "unbind", "chunk", "narrow", "flip", "roll", "repeat", "unfold", "flatten", "movedim", "tile",
-    "unsafe_split", "unsafe_chunk", "diagonal", "rot90",
-}  # fmt: skip
-_GATHER = {"index", "embedding", "gather", "index_select", "take"}
-_WRITES = {"index_put": 2, "_unsafe_index_put": 2, "index_copy": 3, "scatter": 3}
-_JOIN = {"cat", "stack", "slice_scatter", "select_scatter", *_WRITES}
-_ARITHMETIC = {
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "neg",
-    "addcmul",
-    "reciprocal",
-    "sum",
-    "mm",
-    "bmm",
-    "mv",
-    "addmm",
-}
-_SMOOTH = {
-    *_LAYOUT, *_GATHER, *_JOIN, *_ARITHMETIC, "copy", "constant_pad_nd", "where", "masked_fill", "exp2", "pow", "exp", "sqrt", "rsqrt",
-    "ldexp", "mean", "dot", "baddbmm", "linalg_vector_norm",
-}  # fmt: skip
-_ROUNDING = {
-    "round",
-    "floor",
-    "ceil",
-    "trunc",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "floor_divide",
-    "remainder",
-    "fmod",
-}
 
 
 @dataclass
@@ -180,9 +139,21 @@ class _Evaluation(TorchDispatchMode):
         return shadow, algebra.constant(shadow)
 
     def weight(self, t: Tensor) -> Weight:
+        """What is known of a result."""
         value = self._value(t)
         shadow = value.shadow if value.shadow is not None else t.to(torch.float64)
-        return Weight(t, shadow, self._form(t), value.lowbit, value.roundoff)
+        return Weight(t, shadow, self.form(t), value.lowbit, value.roundoff)
+
+    def form(self, x: Any) -> Form:
+        """The form of an operand, tensor or number."""
+        if not isinstance(x, Tensor):
+            return algebra.constant(float(x))
+        form = self._value(x).form
+        return form if form is not None else algebra.integer(x)
+
+    def exact(self, x: Any) -> Tensor:
+        """The float64 value of an operand, tensor or number."""
+        return rules.as_float(self._shadow(x)) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
 
     def _value(self, t: Tensor) -> Value:
         value = getattr(t, "_lq_value", None)
@@ -190,329 +161,116 @@ class _Evaluation(TorchDispatchMode):
             value = t._lq_value = Value(*self._leaf(t), False)
         return value
 
-    def _form(self, t: Tensor) -> Form:
-        value = self._value(t)
-        return value.form if value.form is not None else algebra.integer(t)
-
-    def _exact(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        shadow = self._value(x).shadow
+    def _shadow(self, x: Any) -> Any:
+        shadow = self._value(x).shadow if isinstance(x, Tensor) else None
         return x if shadow is None else shadow
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if any(is_traceable_wrapper_subclass(t) for t in tree_flatten((args, kwargs))[0]):
+        op = Operation.of(func, args, kwargs or {})
+        if any(is_traceable_wrapper_subclass(t) for t in op.tensors):
             return NotImplemented
         if func._schema.is_mutable:
             raise Refused(Reason.MUTATED, str(func))
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Refused(Reason.UNSUPPORTED_OP, str(func))
-        namespace, _, name = func._schema.name.partition("::")
-        name = name if namespace == "aten" else func._schema.name
-        if tree_any(lambda t: isinstance(t, Tensor) and self._value(t).eye, (args, kwargs)):
-            return self._through(func, name, args, kwargs)
-        out = func(*args, **kwargs)
+        if any(self._value(t).eye for t in op.tensors):
+            return self._through(op)
+        out = func(*op.args, **op.kwargs)
         if isinstance(out, Tensor):
-            out = self._fresh(out, args)
-            self._note(func, name, args, kwargs, [out], False)
+            # An operation that returns its own argument must not overwrite what is known of it.
+            out = out.view_as(out) if any(out is t for t in op.tensors) else out
+            self._note(op, [out], False)
         elif isinstance(out, (list, tuple)) and all(isinstance(t, Tensor) for t in out):
-            self._note(func, name, args, kwargs, list(out), True)
+            self._note(op, list(out), True)
         return out
 
-    def _fresh(self, out: Tensor, args: tuple[Any, ...]) -> Tensor:
-        # An operation that returns its own argument must not overwrite what is known of it.
-        return out.view_as(out) if any(out is a for a in tree_flatten(args)[0]) else out
-
-    def _through(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _through(self, op: Operation) -> Tensor:
         """What an operation makes of the identity matrix that stands for the activation."""
-        first = args[0]
-        if name in _LAYOUT and isinstance(first, Tensor):
-            out = func(*args, **kwargs)
+        first = op.args[0]
+        if op.name in rules.LAYOUT and isinstance(first, Tensor):
+            out = op.func(*op.args, **op.kwargs)
             if isinstance(out, Tensor) and out.shape == first.shape:
                 out._lq_value = Value(None, None, False, eye=True)
                 return out
-        if name == "mm" and self._value(first).eye and not self._value(args[1]).eye:
-            return self.__torch_dispatch__(torch.ops.aten.alias.default, (), (args[1],))
-        if name == "addmm" and self._value(args[1]).eye and not kwargs:
-            return self.__torch_dispatch__(torch.ops.aten.add.Tensor, (), (args[2], args[0]))
-        raise Refused(Reason.UNSUPPORTED_OP, str(func))
+        if op.name == "mm" and self._value(first).eye and not self._value(op.args[1]).eye:
+            return self.__torch_dispatch__(torch.ops.aten.alias.default, (), (op.args[1],))
+        if op.name == "addmm" and self._value(op.args[1]).eye and not op.kwargs:
+            return self.__torch_dispatch__(torch.ops.aten.add.Tensor, (), (op.args[2], first))
+        raise Refused(Reason.UNSUPPORTED_OP, str(op.func))
 
-    def _note(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        outs: list[Tensor],
-        many: bool,
-    ) -> None:
-        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        low = any(self._value(t).lowbit for t in tensors)
-        coarsest = max((self._value(t).roundoff for t in tensors), default=0.0)
+    def _note(self, op: Operation, outs: list[Tensor], many: bool) -> None:
+        """Notes what is known of the results of an operation; `many`: it returns a list of them."""
+        low = any(self._value(t).lowbit for t in op.tensors)
+        coarsest = max((self._value(t).roundoff for t in op.tensors), default=0.0)
+        moves = op.name not in ("_to_copy", "to") and op.name in rules.LAYOUT | rules.GATHER | rules.JOIN
         table = None
-        if name in _GATHER:
-            low, table = self._gathered(name, args)
+        if op.name in rules.GATHER:
+            low, table = self._gathered(op)
         shadows: list[Tensor | None] = [None] * len(outs)
         if any(o.is_floating_point() for o in outs):
-            shadows = self._shadows(func, name, args, kwargs, outs, many)
+            shadows = self._shadows(op, outs, many)
         for i, (out, shadow) in enumerate(zip(outs, shadows, strict=True)):
             form = None
             if shadow is not None:
-                form = self._combine(func, name, args, kwargs, out, shadow, i if many else None, table)
+                form = self._combine(op, out, i if many else None, table)
                 if form is None or len(form.terms) > algebra.MAX_TERMS:
                     form = algebra.constant(shadow)
-            moves = name in _LAYOUT or name in _GATHER or name in _JOIN
-            own = 0.0 if moves and name not in ("_to_copy", "to") else UNIT_ROUNDOFF.get(out.dtype, 0.0)
+            own = 0.0 if moves else UNIT_ROUNDOFF.get(out.dtype, 0.0)
             out._lq_value = Value(shadow, form, low, max(coarsest, own))
 
-    def _gathered(self, name: str, args: tuple[Any, ...]) -> tuple[bool, tuple[Tensor, Tensor] | None]:
-        """Whether a gather yields low-bit data, and its source as a table if it is one. An index moves, it makes no value."""
-        source, rest = args[0], [t for t in tree_flatten(args[1:])[0] if isinstance(t, Tensor)]
+    def _gathered(self, op: Operation) -> tuple[bool, tuple[Tensor, Tensor] | None]:
+        """Whether a gather yields low-bit data, and its source as a table if it is one. An index makes no value."""
+        source, *rest = op.tensors
         value = self._value(source)
         table = None
-        if value.shadow is not None and not self._form(source).terms:
+        if value.shadow is not None and not self.form(source).terms:
             table = algebra.levels_of(value.shadow)
         return value.lowbit or (table is not None and any(self._value(t).lowbit for t in rest)), table
 
-    def _shadows(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        outs: list[Tensor],
-        many: bool,
-    ) -> list[Tensor | None]:
-        smooth = name in _SMOOTH and not (name == "view" and func._overloadname == "dtype")
-        if smooth and not any(o.dtype in FP8 for o in outs):
-            exact_args, exact_kwargs = tree_map(self._exact, (args, kwargs))
-            if name in _ARITHMETIC or name in ("pow", "exp2", "ldexp"):
-                exact_args = tree_map(_float, exact_args)
-            if name in ("copy", "_to_copy"):
-                exact = _float(exact_args[1 if name == "copy" else 0]).expand(outs[0].shape)
-                return [exact]
-            if isinstance(exact_kwargs.get("dtype"), torch.dtype):
-                exact_kwargs["dtype"] = torch.float64
-            if name in _RESHAPE:
-                return [exact_args[0].reshape(outs[0].shape)]
-            exact = func(*exact_args, **exact_kwargs)
-            found = list(exact) if many else [exact]
-            return [
-                s.to(torch.float64) if o.is_floating_point() else None
-                for s, o in zip(found, outs, strict=True)
-            ]
-        return [o.to(torch.float64) if o.is_floating_point() else None for o in outs]
+    def _shadows(self, op: Operation, outs: list[Tensor], many: bool) -> list[Tensor | None]:
+        """The exact float64 results, by the same operation on the exact operands where it is smooth."""
+        if op.name not in rules.SMOOTH or any(o.dtype in FP8 for o in outs):
+            return [o.to(torch.float64) if o.is_floating_point() else None for o in outs]
+        args, kwargs = tree_map(self._shadow, (op.args, op.kwargs))
+        if op.name in rules.ARITHMETIC:
+            args = tree_map(rules.as_float, args)
+        if op.name in ("copy", "_to_copy"):
+            return [rules.as_float(args[1 if op.name == "copy" else 0]).expand(outs[0].shape)]
+        if op.name in rules.RESHAPE:
+            return [args[0].reshape(outs[0].shape)]
+        if isinstance(kwargs.get("dtype"), torch.dtype):
+            kwargs["dtype"] = torch.float64
+        exact = op.func(*args, **kwargs)
+        found = list(exact) if many else [exact]
+        return [s.to(torch.float64) if o.is_floating_point() else None for s, o in zip(found, outs, strict=True)]
 
     def _combine(
-        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, shadow: Tensor,
-        item: int | None, table: tuple[Tensor, Tensor] | None,
-    ) -> Form | None:  # fmt: skip
-        shape = tuple(out.shape)
-        if name == "view" and func._overloadname == "dtype":
-            return self._leaf(out)[1]
-        if out.dtype in FP8:
-            return (
-                self._leaf(out)[1]
-                if name not in _LAYOUT
-                else self._moved(func, name, args, kwargs, shape, item)
-            )
-        if name in _LAYOUT:
-            return self._moved(func, name, args, kwargs, shape, item)
-        if name in _GATHER:
-            return self._gather(func, args, kwargs, shape, table)
-        if name in _ROUNDING:
-            return _rounded(out)
-        rule = _RULES.get(name)
-        return rule(self, func, args, kwargs, shape) if rule else None
-
-    def _moved(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        shape: tuple[int, ...],
-        item: int | None,
+        self, op: Operation, out: Tensor, item: int | None, table: tuple[Tensor, Tensor] | None
     ) -> Form | None:
-        form = self._form(args[0])
-        if name in _SAME:
+        """The form of one result, or None where it is not understood."""
+        shape = tuple(out.shape)
+        if op.name == "view_dtype" or (out.dtype in FP8 and op.name not in rules.LAYOUT):
+            return self._leaf(out)[1]
+        if op.name in rules.GATHER and table is not None:
+            return algebra.lookup(table[0], op.func(table[1], *op.args[1:], **op.kwargs).to(torch.uint8))
+        if op.name in rules.ROUNDING:
+            return rules.rounded(out)
+        if op.name in rules.LAYOUT | rules.GATHER:
+            return self._moved(op, shape, item)
+        rule = rules.RULES.get(op.name)
+        return rule(self, op, shape) if rule else None
+
+    def _moved(self, op: Operation, shape: tuple[int, ...], item: int | None) -> Form | None:
+        form = self.form(op.args[0])
+        if op.name in rules.SAME:
             return form
 
         def move(piece: Tensor) -> Tensor:
-            if name in _RESHAPE:
+            if op.name in rules.RESHAPE:
                 return piece.reshape(shape)
-            result = func(piece, *args[1:], **kwargs)
+            result = op.func(piece, *op.args[1:], **op.kwargs)
             return result if item is None else result[item]
 
         return algebra.moved(form, shape, move) if form.terms else None
-
-    def _gather(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shape: tuple[int, ...],
-        table: tuple[Tensor, Tensor] | None,
-    ) -> Form | None:  # fmt: skip
-        form = self._form(args[0])
-        if form.terms:
-            return algebra.moved(form, shape, lambda piece: func(piece, *args[1:], **kwargs))
-        if table is None:
-            return None
-        return algebra.lookup(table[0], func(table[1], *args[1:], **kwargs).to(torch.uint8))
-
-    def constant_or_form(self, x: Any) -> Form:
-        """The form of an operand, tensor or number."""
-        return self._form(x) if isinstance(x, Tensor) else algebra.constant(float(x))
-
-    def exact_value(self, x: Any) -> Tensor:
-        """The float64 value of an operand, tensor or number."""
-        return (
-            _float(self._exact(x)) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
-        )
-
-
-def _float(x: Any) -> Any:
-    return x.to(torch.float64) if isinstance(x, Tensor) else x
-
-
-def _rounded(out: Tensor) -> Form | None:
-    """The result of a rounding operation is an integer code in float clothing."""
-    whole = out.to(torch.float64)
-    if not bool(((whole == whole.round()) & (whole.abs() <= 2**15)).all()):
-        return None
-    return algebra.integer(whole.to(torch.int32))
-
-
-Rule = Callable[[_Evaluation, Any, tuple[Any, ...], dict[str, Any], tuple[int, ...]], Form | None]
-
-
-def _add(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    name = func._schema.name.partition("::")[2]
-    a, b = (e.constant_or_form(x) for x in args[:2])
-    alpha = float(kwargs.get("alpha", args[2] if len(args) > 2 else 1))
-    first, second = (-alpha, 1.0) if name == "rsub" else (1.0, -alpha if name == "sub" else alpha)
-    times = [
-        algebra.scaled(f, torch.tensor(c, dtype=torch.float64), f.shape) if c != 1 else f
-        for f, c in ((a, first), (b, second))
-    ]
-    return algebra.added(*times, shape)
-
-
-def _mul(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    a, b = (e.constant_or_form(x) for x in args[:2])
-    if not a.terms and not b.terms:
-        return None
-    return algebra.product(a, b, e.exact_value(args[0]), e.exact_value(args[1]), shape)
-
-
-def _div(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    a = e.constant_or_form(args[0])
-    if kwargs.get("rounding_mode") or len(args) > 2 or not a.terms:
-        return None
-    return algebra.divided(a, e.exact_value(args[1]), shape)
-
-
-def _neg(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    form = e.constant_or_form(args[0])
-    return algebra.scaled(form, torch.tensor(-1.0, dtype=torch.float64), shape) if form.terms else None
-
-
-def _addcmul(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    a, b = e.constant_or_form(args[1]), e.constant_or_form(args[2])
-    if kwargs.get("value", 1) != 1 or not (a.terms or b.terms):
-        return None
-    together = torch.broadcast_shapes(a.shape, b.shape)
-    return algebra.added(
-        e.constant_or_form(args[0]),
-        algebra.product(a, b, e.exact_value(args[1]), e.exact_value(args[2]), together),
-        shape,
-    )
-
-
-def _join(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    leaves, spec = tree_flatten((args, kwargs))
-    name = func._schema.name.partition("::")[2]
-    if name in _WRITES:
-        source = args[_WRITES[name]] if len(args) > _WRITES[name] else None
-        accumulates = any(args[_WRITES[name] + 1 :]) or any(kwargs.values())
-        if not isinstance(source, Tensor) or accumulates:
-            return None
-        operands = [args[0], source]
-    else:
-        operands = [t for t in leaves if isinstance(t, Tensor)]
-    places = [next(i for i, leaf in enumerate(leaves) if leaf is t) for t in operands]
-    if len(set(places)) != len(places):
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def join(pieces: list[Tensor]) -> Tensor:
-        given = list(leaves)
-        for place, piece in zip(places, pieces, strict=True):
-            given[place] = piece
-        new_args, new_kwargs = tree_unflatten(given, spec)
-        return func(*new_args, **new_kwargs)
-
-    return algebra.joined([e.constant_or_form(t) for t in operands], shape, join)
-
-
-def _copy(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    form = e.constant_or_form(args[1])
-    return algebra.moved(form, shape, lambda piece: piece.expand(shape)) if form.terms else None
-
-
-def _pad(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    form = e.constant_or_form(args[0])
-    value = float(args[2] if len(args) > 2 else kwargs.get("value", 0))
-    return (
-        algebra.padded(form, shape, lambda piece, fill: func(piece, args[1], fill), value)
-        if form.terms
-        else None
-    )
-
-
-def _where(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    if func._schema.name == "aten::masked_fill":
-        condition, a, b = args[1], args[2], args[0]
-    else:
-        condition, a, b = args
-    forms = [e.constant_or_form(a), e.constant_or_form(b)]
-    if not any(f.terms for f in forms):
-        return algebra.masked(condition, e.exact_value(a), e.exact_value(b), shape)
-    wide = [algebra.moved(f, shape, lambda piece: piece.expand(shape)) for f in forms]
-    return algebra.joined(wide, shape, lambda pieces: torch.where(condition, *pieces))
-
-
-def _sum(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    form = e.constant_or_form(args[0])
-    dims = args[1] if len(args) > 1 else kwargs.get("dim")
-    if dims is None or len(dims) != 1:
-        return None
-    keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
-    return algebra.summed(form, dims[0] % len(form.shape), keepdim)
-
-
-def _matrix_product(e: _Evaluation, func: Any, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Form | None:
-    left, right = args[:2]
-    if right.ndim < 2:
-        return None
-    return algebra.multiplied(
-        e.constant_or_form(left), e.constant_or_form(right), e.exact_value(left), e.exact_value(right)
-    )
-
-
-_RULES: dict[str, Rule] = {
-    **dict.fromkeys(("add", "sub", "rsub"), _add),
-    **dict.fromkeys(_JOIN, _join),
-    **dict.fromkeys(("where", "masked_fill"), _where),
-    **dict.fromkeys(("mm", "bmm"), _matrix_product),
-    "mul": _mul,
-    "div": _div,
-    "neg": _neg,
-    "addcmul": _addcmul,
-    "copy": _copy,
-    "constant_pad_nd": _pad,
-    "sum": _sum,
-}

@@ -49,9 +49,7 @@ def find_groups(pieces: Sequence[Tensor], k: int) -> Groups:
         return Groups(size, None)
     varying = [p for p in pieces if p.numel() > 1]
     # Act-order: the columns of a group are scattered, but all its columns carry the same scales.
-    signature, inverse, counts = torch.unique(
-        torch.cat(varying), dim=1, return_inverse=True, return_counts=True
-    )
+    signature, inverse, counts = torch.unique(torch.cat(varying), dim=1, return_inverse=True, return_counts=True)
     size = math.gcd(k, *counts.tolist())
     if size < SMALLEST or signature.shape[1] == k:
         raise Refused(Reason.GROUPS, f"groups of {size}")

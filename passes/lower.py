@@ -121,9 +121,7 @@ class _Emitter:
         with self.fake_mode:
             fakes, named = fx.node.map_arg((args, kwargs), fake_value)
             node.meta["example_value"] = (
-                getattr(fakes[0], target)(*fakes[1:], **named)
-                if isinstance(target, str)
-                else target(*fakes, **named)
+                getattr(fakes[0], target)(*fakes[1:], **named) if isinstance(target, str) else target(*fakes, **named)
             )
         self.nodes.append(node)
         return node
@@ -142,9 +140,7 @@ def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx
         fused = emit("reshape", _cast(emit, bias, wanted.dtype), (plan.packed[0].n,))
         fuse = fake_value(fused).numel() == plan.packed[0].n
     if r.batch:
-        rows = [
-            _gemm(plan, p, emit, inputs, emit("select", x, 0, i), None) for i, p in enumerate(plan.packed)
-        ]
+        rows = [_gemm(plan, p, emit, inputs, emit("select", x, 0, i), None) for i, p in enumerate(plan.packed)]
         y = emit(torch.stack, rows, 0)
         if len(r.batch) > 1:
             y = emit("unflatten", y, 0, _sizes(match.roles.x_labels, fake_value(match.x), r.batch))
@@ -183,9 +179,7 @@ def _operand(plan: Plan, emit: _Emitter, x: fx.Node, dtype: torch.dtype) -> fx.N
     return _cast(emit, x, dtype)
 
 
-def _gemm(
-    plan: Plan, packed: Packed, emit: _Emitter, inputs: _Inputs, x: fx.Node, bias: fx.Node | None
-) -> fx.Node:
+def _gemm(plan: Plan, packed: Packed, emit: _Emitter, inputs: _Inputs, x: fx.Node, bias: fx.Node | None) -> fx.Node:
     if packed.perm is not None:
         x = emit(torch.index_select, x, fake_value(x).ndim - 1, inputs.node(packed.perm))
     parts = [inputs.node(part) for part in packed.parts]
@@ -215,9 +209,7 @@ def _with_strides(emit: _Emitter, y: fx.Node, wanted: Tensor) -> fx.Node:
     return emit("contiguous", y) if wanted.is_contiguous() else y
 
 
-def _erase(
-    module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], copies: dict[fx.Node, fx.Node]
-) -> None:
+def _erase(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], copies: dict[fx.Node, fx.Node]) -> None:
     """Erases what only the replaced matmuls used. A write stays unless all that it writes to goes."""
     gone: set[fx.Node] = set()
     for plan in plans:

@@ -1,4 +1,4 @@
-"""The passes in order: recognise, plan, lower, verify. Each is timed; if one fails, the user's graph is used as it was."""
+"""The passes in order: recognise, plan, lower, verify. Each is timed; if one fails, the graph is used as it was."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Outcom
         for item in found:
             node = item.anchor if isinstance(item, Match) else item.node
             outcome.decisions.append(_decision(item, by_node.get(node), refused.get(node)))
-    except Exception as error:  # noqa: BLE001  whatever fails in here must not fail the user's program
+    except Exception as error:
         if config.strict:
             raise StrictError(f"{type(error).__name__}: {error}") from error
         outcome.lowered, outcome.plans = None, []
@@ -113,7 +113,7 @@ def _decision(item: Match | Kept, plan: Plan | None, refused: Reason | None) -> 
     if plan is None:
         return Decision(item.where, "kept", problem, first.format, reason=refused or Reason.PASS_FAILED)
     problem = {"m": str(plan.m), **problem, "bias": item.bias is not None}
-    before = sum(t.numel() * t.element_size() for t in item.recovered.sources)
+    before = len(item.recovered.weights) * first.n * first.k * wanted.dtype.itemsize
     return Decision(
         where=item.where,
         outcome="rewritten",

@@ -37,11 +37,7 @@ class Packed:
         """Packs new values into the same tensors. False, with nothing changed, if they do not fit this format."""
         table = self.parts[-1] if self.format.form == "table" else None
         fitted = refit(weight, self.format, None if table is None else tuple(table.shape))
-        if (
-            fitted is None
-            or (weight.n, weight.k) != (self.n, self.k)
-            or (fitted.perm is None) != (self.perm is None)
-        ):
+        if fitted is None or (weight.n, weight.k) != (self.n, self.k) or (fitted.perm is None) != (self.perm is None):
             return False
         fresh = LAYOUTS[self.layout].pack(fitted)
         for old, new in zip(self.parts, fresh, strict=True):
@@ -86,9 +82,7 @@ class Planner:
         m, m_range = _rows(match, x)
         first = match.recovered.weights[0]
         dtype = fake_value(match.output).dtype
-        problem = Problem(
-            m, (m_range[0], m_range[1] or 1 << 31), first.n, first.k, first.format, dtype, x.device
-        )
+        problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), first.n, first.k, first.format, dtype, x.device)
         layout, route, found = _choose(problem, m_range)
         # By identity, kept alive here: equal weights of two layers are two packs.
         key = (id(match.recovered), layout)
@@ -105,9 +99,7 @@ def _pack(w: QWeight, layout: str) -> Packed:
 def _choose(problem: Problem, m_range: tuple[int, int | None]) -> tuple[str, str, tuple[Piece, ...]]:
     device, low, high = Device.of(problem.device), m_range[0], m_range[1]
     m = sympy.Symbol("m", positive=True, integer=True)
-    priced = Problem(
-        m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device
-    )
+    priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
     best: tuple[float, str, str, tuple[Piece, ...]] | None = None
     for name, layout in LAYOUTS.items():
         if problem.format.form not in layout.forms:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import formats
 from ..errors import Reason, Refused
 from ..formats import UNIT_ROUNDOFF, dequantize, validate
 from ..types import NearMiss, QWeight, Where
@@ -65,7 +67,10 @@ class Kept:
 
 @dataclass
 class Recogniser:
-    """Recognises the matmuls of one graph. `rules` remembers, by structure, which idiom read a slice: equal ones try it first."""
+    """Recognises the matmuls of one graph.
+
+    `rules` remembers, by structure, which idiom read a slice: equal ones try it first. `analysed` counts the others.
+    """
 
     module: fx.GraphModule
     constants: Constants
@@ -119,25 +124,16 @@ class Recogniser:
         """Why neither operand is constant."""
         verdict = Refused(Reason.INPUT_WEIGHT, c.node.name)
         for operand in (c.a, c.b):
-            near = _computed_from(operand)
-            if any(n in self.constants.values and self.constants.mutated(n) for n in near):
+            near = self.constants.computed_from(operand, lambda n: _ACTIVATION.search(str(n.target)) is not None)
+            if any(self.constants.mutated(n) for n in near):
                 return Refused(Reason.MUTATED, operand.name)
             size = fake_value(operand).numel()
             for leaf in near:
                 t = fake_value(leaf)
-                if (
-                    leaf.op not in ("placeholder", "get_attr")
-                    or not isinstance(t, Tensor)
-                    or t.dtype not in LOW_BIT
-                ):
+                if leaf.op not in ("placeholder", "get_attr") or not isinstance(t, Tensor) or t.dtype not in LOW_BIT:
                     continue
                 bits = t.numel() * t.element_size() * 8
-                if (
-                    leaf in self.constants
-                    and isinstance(size, int)
-                    and isinstance(bits, int)
-                    and bits >= size
-                ):
+                if leaf in self.constants and isinstance(size, int) and isinstance(bits, int) and bits >= size:
                     return Refused(Reason.SCALE_FROM_INPUT, operand.name)
                 if leaf not in self.constants and t.dtype != torch.int64:
                     verdict = Refused(Reason.FREE_TENSOR, leaf.name)
@@ -186,9 +182,7 @@ class Recogniser:
         misses: list[NearMiss],
     ) -> Recovered:  # fmt: skip
         cuts = [cut, *(s for s, _ in scalings)]
-        key = "\n".join(
-            [*(s.key for s in cuts), str((r.w_labels, r.batch, r.n, r.k, [d for _, d in scalings]))]
-        )
+        key = "\n".join([*(s.key for s in cuts), str((r.w_labels, r.batch, r.n, r.k, [d for _, d in scalings]))])
         nodes = tuple(leaf for s in cuts for leaf in s.leaves)
         through = is_traceable_wrapper_subclass(fake_value(w))
         known = (key, nodes, (c.node.target, fake_value(x).dtype) if through else None)
@@ -250,10 +244,10 @@ class Recogniser:
     ) -> Recovered:  # fmt: skip
         found, proofs, rule = [], [], ""
         for weight in evaluate(compute, sources):
-            if not weight.lowbit:
-                raise Refused(Reason.NOT_QUANTIZED, "no value comes from low-bit data")
             if not bool(torch.isfinite(weight.native).all()) or not bool(torch.isfinite(weight.shadow).all()):
                 raise Refused(Reason.NON_FINITE, "weight")
+            if not weight.lowbit:
+                raise Refused(Reason.NOT_QUANTIZED, "no value comes from low-bit data")
             rule, qweight, proof = self._first(weight, key, misses)
             found.append(qweight)
             proofs.append(proof)
@@ -323,19 +317,11 @@ def _may_be_low_bit(cut: Slice, values: Sequence[Tensor]) -> bool:
 
 
 # What makes an activation rather than a weight: nothing is dequantized across it.
-_ACTIVATION = re.compile(r"linear|matmul|mm\b|einsum|conv|attention|embedding|norm")
+_ACTIVATION = re.compile(r"linear|matmul|mm\b|einsum|conv|attention")
 
 
-def _computed_from(node: fx.Node) -> list[fx.Node]:
-    """A node and its sources, up to the next matmul."""
-    seen, stack = {node: None}, [node]
-    while stack:
-        current = stack.pop()
-        if _ACTIVATION.search(str(current.target)) is None:
-            fresh = [source for source in current.all_input_nodes if source not in seen]
-            seen.update(dict.fromkeys(fresh))
-            stack.extend(fresh)
-    return list(seen)
+# The forward of our own quantized layer tells a user less than the line that called it.
+_OWN_MODULE = str(Path(formats.__file__).with_name("quantize.py"))
 
 
 def where(node: fx.Node) -> Where:
@@ -344,10 +330,8 @@ def where(node: fx.Node) -> Where:
     path = list(stack.values())[-1][0] if stack else ""
     path = re.sub(r"^L\['\w+'\]\.?|\b_modules\b\.?|\(\)", "", str(path))
     path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path).strip(".").replace("..", ".")
-    lines = re.findall(
-        r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', node.meta.get("stack_trace") or ""
-    )
-    own = [entry for entry in lines if "/torch/nn/modules/" not in entry[0]] or lines
+    lines = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+    own = [entry for entry in lines if "/torch/nn/modules/" not in entry[0] and entry[0] != _OWN_MODULE] or lines
     file, line, code = own[-1] if own else ("", "0", "")
     op = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return Where(path or node.name, file, int(line), code.strip(), str(op))

@@ -28,9 +28,7 @@ def verify(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], 
     for plan, (result, nodes) in zip(plans, lowered.emitted, strict=True):
         old, new = fake_value(plan.match.output), fake_value(result)
         if old.dtype != new.dtype or [str(s) for s in old.shape] != [str(s) for s in new.shape]:
-            raise Broken(
-                f"{plan.match.where.path}: {new.dtype} {tuple(new.shape)}, not {old.dtype} {tuple(old.shape)}"
-            )
+            raise Broken(f"{plan.match.where.path}: {new.dtype} {tuple(new.shape)}, not {old.dtype} {tuple(old.shape)}")
         structure = (plan.match.recovered.key, plan.match.contraction.node.target, str(plan.match.roles))
         if structure not in probed:
             probed.add(structure)
@@ -55,8 +53,7 @@ def _probe(
         if match.bias is not None:
             bias = constants.values.get(match.bias)
             if bias is None:
-                shape = fake_value(match.bias).shape if match.contraction.bias_along_n else (1,)
-                bias = torch.randn(shape, device=x.device).to(fake_value(match.bias).dtype)
+                bias = torch.randn(_bias_shape(plan), device=x.device).to(fake_value(match.bias).dtype)
             old[match.bias], new[nodes_now[match.bias]] = bias, bias
         between = _between(match.x, match.bias, match.output, constants)
         with _autocast_of(plan):
@@ -64,9 +61,7 @@ def _probe(
         got = _run(lowered.module, nodes, new)[result]
         difference = (got.double() - wanted.double()).norm()
         if got.shape != wanted.shape or not bool(difference <= 0.05 * wanted.double().norm() + 1e-6):
-            raise Broken(
-                f"{match.where.path}: the lowered matmul differs from the original by {float(difference):.3g}"
-            )
+            raise Broken(f"{match.where.path}: the lowered matmul differs from the original by {float(difference):.3g}")
 
 
 def _random_x(plan: Plan) -> Tensor:
@@ -78,6 +73,15 @@ def _random_x(plan: Plan) -> Tensor:
     ]
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(fake.device, fake.dtype)
+
+
+def _bias_shape(plan: Plan) -> list[int]:
+    """The shape of a bias for a probe of few rows: full along the weight's dimensions, 1 along the rows."""
+    match, r = plan.match, plan.match.roles
+    assert match.bias is not None
+    shape = fake_value(match.bias).shape
+    labels = r.n if match.contraction.bias_along_n else r.y_labels[len(r.y_labels) - len(shape) :]
+    return [int(size) if label in (*r.n, *r.batch) else 1 for label, size in zip(labels, shape, strict=False)]
 
 
 def _autocast_of(plan: Plan) -> contextlib.AbstractContextManager[Any]:

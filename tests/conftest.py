@@ -13,7 +13,7 @@ hypothesis.settings.load_profile(os.environ.get("LQ_HYPOTHESIS_PROFILE", "ci"))
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_CUDA)])
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=NO_CUDA)])
 def device(request) -> torch.device:
     """Each device in turn; CUDA is skipped where there is none."""
     return torch.device(request.param)

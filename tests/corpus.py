@@ -113,7 +113,7 @@ def draw(random: Random, kind: str = "dressings", idiom: str | None = None, spel
             case.autocast = None
     if broken.expect == "non_finite":
         finite = bool(torch.isfinite(weight(tensors | case.extra, case.x)).all())
-        case.expect = "either" if finite else "kept"
+        case.expect = "either" if finite or case.matmuls > 2 else "kept"
     return case
 
 
@@ -277,7 +277,7 @@ def _spelled(random: Random, idiom: str, n: int, k: int, spelling: str | None, t
     if "bias" in spelling or spelling.startswith("add") or spelling in ("conv2d", "baddbmm"):
         tensors["bias"] = torch.randn(n, generator=generator(random)).to(autocast or dtype).to(x.dtype)
     use = random.choices(("once", "twice", "split", "inplace"), (12, 1, 1, 2))[0]
-    use = "once" if use == "split" and n < 12 else use
+    use = "once" if use == "split" and n < 16 else use
     labels = [use] if use != "once" else []
     labels += [f"autocast_{autocast}".replace("torch.", "")] if autocast else []
     parts = [n // 2, n // 4, n - n // 2 - n // 4]

@@ -33,6 +33,7 @@ from lqcompile.passes.pipeline import Outcome
 from lqcompile.types import Decision
 
 from .corpus import Case, draw
+from .mutations import BETWEEN
 from .spellings import SPELLINGS, Tensors
 
 BATCH = 16
@@ -126,10 +127,11 @@ def wrong_elements(case: Case, got: Any, eager: Any, rewritten: bool) -> str:
     native = case.weight(
         {name: v.clone() for name, v in (case.tensors | case.extra).items()}, case.x
     ).double()
+    u = max(UNIT_ROUNDOFF[case.x.dtype], UNIT_ROUNDOFF.get(case.autocast, 0.0))
+    coarse = max([u, *(UNIT_ROUNDOFF.get(v.dtype, 0.0) for v in case.tensors.values())])
     with exactly():
         w = case.weight(t, x)
         truths = [_flat(case.apply(x, v, t)) for v in (w, native)]
-        u = max(UNIT_ROUNDOFF[case.x.dtype], UNIT_ROUNDOFF.get(case.autocast, 0.0))
         subnormal = 2.0**-25 if u == 2.0**-11 else 0.0
         largest = w.abs().amax(1, keepdim=True).expand(w.shape)
         # The kernel holds scales in float32: a few of its roundings beside the one of the weight itself.
@@ -137,11 +139,11 @@ def wrong_elements(case: Case, got: Any, eager: Any, rewritten: bool) -> str:
         if case.expect == "either":
             # Where no algebra follows, some roundings of eager are kept and others are not.
             off = off + 2 * (native - w).abs()
+            off = off + 4 * coarse * w.abs() if case.breaking in BETWEEN else off
         positive = t | {name: v.abs() for name, v in t.items() if name == "bias"}
         none, some, most, all_ = (
             _flat(case.apply(x.abs(), v, positive)) for v in (torch.zeros_like(w), off, largest, w.abs())
         )
-    coarse = max([u, *(UNIT_ROUNDOFF.get(v.dtype, 0.0) for v in case.tensors.values())])
     coarse = 2.0**-8 if case.expect == "either" else coarse
     for i, (a, b) in enumerate(zip(_flat(got), _flat(eager), strict=True)):
         scale = case.slack * u + 2 * math.sqrt(case.x.numel()) * 2.0**-24
@@ -254,6 +256,7 @@ class Tally:
     """Counts of a run."""
 
     cells: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    spellings: Counter[tuple[str, str]] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
     cases: int = 0
@@ -261,6 +264,7 @@ class Tally:
     def add(self, verdict: Verdict) -> None:
         case = verdict.case
         self.cases += 1
+        self.spellings[case.idiom, case.spelling] += 1
         for label in case.drawn:
             self.cells[case.idiom, case.spelling, label] += 1
         for decision in verdict.decisions:
@@ -271,16 +275,13 @@ class Tally:
 
     def __str__(self) -> str:
         lines = []
-        for idiom in sorted({cell[0] for cell in self.cells}):
-            for place, title in ((1, "spellings"), (2, "drawn")):
-                counts: Counter[str] = Counter()
-                for cell, count in self.cells.items():
-                    if cell[0] == idiom:
-                        counts[cell[place]] += count
-                lines.append(
-                    f"{idiom} {title}: "
-                    + ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-                )
+        for idiom in sorted({idiom for idiom, _ in self.spellings}):
+            spellings = {s: count for (i, s), count in self.spellings.items() if i == idiom}
+            drawn: Counter[str] = Counter()
+            for (i, _, label), count in self.cells.items():
+                drawn[label] += count * (i == idiom)
+            lines.append(f"{idiom}: {sum(spellings.values())} cases")
+            lines += ["  " + ", ".join(f"{name} {count}" for name, count in sorted(c.items()) if count) for c in (spellings, drawn)]
         lines.append(f"idiom x spelling x drawn: {len(self.cells)} different")
         lines.append(
             "decisions: " + ", ".join(f"{name} {count}" for name, count in self.outcomes.most_common())
@@ -305,7 +306,11 @@ def fuzz(seed: int, count: int, kind: str, idiom: str | None = None, spelling: s
                         f"FAIL --kind {kind} --seed {number} --cases 1: {verdict.failure}: {verdict.detail}\n     {verdict.case}",
                         flush=True,
                     )
-        gc.collect()
+        if first == seed:
+            gc.collect()
+            gc.freeze()
+        elif (first - seed) % (BATCH * 8) == 0:
+            gc.collect()
         if (first - seed) % (BATCH * 100) == BATCH * 99:
             print(
                 f"{tally.cases} cases, {time.perf_counter() - start:.0f} s, {dict(tally.failures)}",

@@ -62,9 +62,7 @@ def _integer(codes: Tensor, scale: Tensor, groups: Groups, n: int, k: int) -> QW
         return _finish(codes, 1, "none", scale, None, groups, n, k)
     low, high = codes.amin(-1), codes.amax(-1)
     least, most = int(low.min()), int(high.max())
-    signed = max(
-        1, most.bit_length() + 1 if most >= 0 else 1, (-least - 1).bit_length() + 1 if least < 0 else 1
-    )
+    signed = max(1, most.bit_length() + 1 if most >= 0 else 1, (-least - 1).bit_length() + 1 if least < 0 else 1)
     span = int((high - low).max())
     bits = _bits(span)
     if signed <= bits:
@@ -81,7 +79,7 @@ def _shifted(codes: Tensor, scale: Tensor, shift: Tensor, groups: Groups, n: int
     bits = _bits(int((codes.amax(-1) - low).max()))
     least, most = int(low.min()), int(codes.max())
     if (1 << bits) > most - least:
-        low = torch.full_like(low, 0 if 0 <= least and most < (1 << bits) else least)
+        low = torch.full_like(low, 0 if least >= 0 and most < (1 << bits) else least)
     codes = codes - low.unsqueeze(-1)
     # A group of scale 0 holds its offset alone: let that be the scale, and -1 the zero of codes that are all 0.
     flat = scale == 0

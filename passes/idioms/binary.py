@@ -1,4 +1,4 @@
-"""sum_i alpha_i * b_i + z with b_i in {-1, +1}, in groups along K: binary-coding quantization (arXiv 2206.09557, 3.1)."""
+"""sum_i alpha_i * b_i + z with b_i in {-1, +1}, grouped along K: binary coding (LUT-GEMM, arXiv 2206.09557, 3.1)."""
 
 from __future__ import annotations
 
@@ -66,17 +66,15 @@ def example(random: Random, n: int, k: int) -> tuple[dict[str, Tensor], Callable
 
         def unpacked(packed: Tensor, alpha: Tensor) -> Tensor:
             signs = [((packed >> i) & 1).to(torch.int8) * 2 - 1 for i in range(planes)]
-            return sum((s * a for s, a in zip(signs, alpha, strict=True)), torch.zeros_like(alpha[0])).view(
-                n, k
-            )
+            return sum((s * a for s, a in zip(signs, alpha, strict=True)), torch.zeros_like(alpha[0])).view(n, k)
 
         return {"packed": packed, "alpha": alpha}, unpacked
     signs = bit.to(torch.int8) * 2 - 1
     if kind == "offset":
         z = (torch.randn((n, k // group, 1), generator=generator) * 0.05).to(dtype)
-        return {"signs": signs, "alpha": alpha, "z": z}, lambda signs, alpha, z: (
-            (signs * alpha).sum(0) + z
-        ).reshape(n, k)
+        return {"signs": signs, "alpha": alpha, "z": z}, lambda signs, alpha, z: ((signs * alpha).sum(0) + z).reshape(
+            n, k
+        )
     if kind == "loop":
 
         def loop(signs: Tensor, alpha: Tensor) -> Tensor:

@@ -77,18 +77,14 @@ def _tabled(w: Tensor, ordered: Tensor, group: int) -> QWeight:
     rank = torch.zeros(ordered.shape, dtype=torch.int64, device=w.device)
     rank[..., 1:] = (ordered[..., 1:] != ordered[..., :-1]).cumsum(-1)
     bits = max(1, int(rank.max()).bit_length())
-    table = torch.zeros((n, k // group, 1 << bits), dtype=torch.float64, device=w.device).scatter_(
-        -1, rank, ordered
-    )
+    table = torch.zeros((n, k // group, 1 << bits), dtype=torch.float64, device=w.device).scatter_(-1, rank, ordered)
     grouped = w.view(n, k // group, group).contiguous()
     # The place of each value among the distinct ones: where it stands in the sorted row.
     place = torch.searchsorted(ordered.contiguous(), grouped).clamp_(max=group - 1)
     codes = rank.gather(-1, place).to(torch.uint8).view(n, k)
     scale = torch.ones((n, k // group), dtype=torch.float64, device=w.device)
     table = table[:, 0] if group == k else table
-    return QWeight(
-        Format("table", bits, group, "none", narrowest(scale)), n, k, codes, scale=scale, table=table
-    )
+    return QWeight(Format("table", bits, group, "none", narrowest(scale)), n, k, codes, scale=scale, table=table)
 
 
 def example(random: Random, n: int, k: int) -> tuple[dict[str, Tensor], Callable[..., Tensor]]:

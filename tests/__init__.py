@@ -1,0 +1,1 @@
+"""Tests, and the fuzzers that they share their cases with."""
