@@ -37,6 +37,7 @@ class Layout:
 
     def shapes(self, format: Format, n: int, k: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each part but the table, in order."""
+        out: list[tuple[tuple[int, ...], torch.dtype]]
         out = [((n, -(-k * width // 8)), torch.uint8) for width in self.widths(format)]
         scale_dtype, groups = SCALE_DTYPES[format.scale_dtype], k // format.group
         for name in parts_of(format):
@@ -103,7 +104,7 @@ def _expected(
         raise ArgumentError("format.group", format.group, f"a divisor of k={k}")
     if format.form not in layout.forms:
         raise ArgumentError("form", format.form, f"{' | '.join(layout.forms)} in layout {layout.name}")
-    found = [
+    found: list[tuple[str, tuple[tuple[int, ...], ...], torch.dtype]] = [
         (name, (shape,), dtype)
         for name, (shape, dtype) in zip(layout.names(format), layout.shapes(format, n, k), strict=False)
     ]

@@ -66,7 +66,7 @@ def _launch(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call,
     if out.numel() == 0:
         return
     if call.k == 0:
-        out.copy_(0 if bias is None else bias)
+        out.zero_() if bias is None else out.copy_(bias)
         return
     x, out = x.reshape(-1, call.k).contiguous(), out.view(-1, call.n)
     for limit, kernel in parse_route(route):

@@ -68,12 +68,13 @@ def _compile(module: fx.GraphModule, inputs: Sequence[Any], config: Config, outc
     patches = {**config.inductor, "post_grad_custom_pre_pass": _Fingerprint(config)}
     lowered = outcome.lowered
     if lowered is None:
-        return compile_fx(copy_module(module)[0], list(inputs), config_patches=patches)
+        plain: Any = compile_fx(copy_module(module)[0], list(inputs), config_patches=patches)
+        return plain
     # Held until compiled, as the mode only remembers them weakly: with dynamic=True the sizes of packed tensors would
     # become symbols, and one of them equal to M by chance.
     fakes = _static_fakes(lowered.packed)
     taken = [*lowered.packed, *(inputs[i] for i in lowered.kept)]
-    compiled = compile_fx(lowered.module, taken, config_patches=patches)
+    compiled: Any = compile_fx(lowered.module, taken, config_patches=patches)
     del fakes
     return Compiled(module, inputs, config, outcome, compiled)
 

@@ -54,7 +54,8 @@ class Snapshot:
     def __init__(self, sources: Sequence[Tensor]) -> None:
         # Held strongly: a freed tensor's address and identity may come back as another's.
         self.sources = tuple(sources)
-        plain, self._inner = [], []
+        plain: list[Tensor] = []
+        self._inner: list[tuple[int, tuple[Tensor, ...]]] = []
         for i, source in enumerate(self.sources):
             if is_traceable_wrapper_subclass(source):
                 self._inner.append((i, _inside(source)))
@@ -84,10 +85,7 @@ class Snapshot:
             return True
         if self._uncounted and [t.data_ptr() for t in self._uncounted] != self._addresses:
             return True
-        for i, inner in self._inner:
-            if any(map(operator.is_not, _inside(self.sources[i]), inner)):
-                return True
-        return False
+        return any(any(map(operator.is_not, _inside(self.sources[i]), inner)) for i, inner in self._inner)
 
 
 class _Handles:
@@ -106,7 +104,7 @@ class _Handles:
             torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule)
 
 
-def _inside(t: Tensor) -> tuple[Tensor, ...]:
+def _inside(t: Any) -> tuple[Tensor, ...]:
     """The plain tensors inside a subclass."""
     found: list[Tensor] = []
     for name in t.__tensor_flatten__()[0]:

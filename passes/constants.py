@@ -189,9 +189,8 @@ def _version_at_birth(node: fx.Node) -> int:
     if node.op not in ("call_function", "call_method"):
         return 0
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake_value)
-    fresh = (
-        getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)
-    )
+    target: Any = node.target
+    fresh = getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
     return fresh._version if isinstance(fresh, torch.Tensor) else 0
 
 

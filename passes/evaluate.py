@@ -63,19 +63,21 @@ class Weight:
     roundoff: float
 
 
-def evaluate(compute: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor]) -> list[Weight]:
-    """Runs `compute` on real `leaves` and returns what it returns, evaluated. Raises Refused."""
+def evaluate(
+    compute: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], probe: Tensor | None = None
+) -> list[Weight]:
+    """Runs `compute` on real `leaves`, and on `probe` (see `identity`) if there is one. Raises Refused."""
     flat, rebuild = _flatten(leaves)
     # Aliases: what we note on a tensor must not be seen on the user's own object.
     flat = [t.detach() for t in flat]
-    mode = _Evaluation(flat)
+    mode, extra = _Evaluation(flat), [] if probe is None else [probe]
 
     def functional(*inner: Tensor) -> list[Tensor]:
-        return list(compute(*rebuild(inner)))
+        return list(compute(*rebuild(inner), *inner[len(flat) :]))
 
     with undisturbed(), mode:
         try:
-            results = torch.func.functionalize(functional, remove="mutations")(*flat)
+            results = torch.func.functionalize(functional, remove="mutations")(*flat, *extra)
         except RuntimeError as error:
             raise Refused(Reason.UNSUPPORTED_OP, str(error)[:200]) from error
     return [mode.weight(t) for t in results]

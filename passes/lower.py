@@ -38,7 +38,8 @@ class Lowered:
 
 def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A copy of Dynamo's graph with all that it notes beside it, and the copy of each node."""
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         copies[node] = copy = graph.node_copy(node, copies.__getitem__)
         if hasattr(node, "_dynamo_source"):
@@ -134,9 +135,9 @@ def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx
     x = _operand(plan, emit, nodes[match.x], wanted.dtype)
     c = match.contraction
     along_n = bias is not None and (c.bias_along_n or (r.y_labels[-1:] == r.n and fake_value(bias).ndim == 1))
-    fuse = bias is not None and along_n and not r.batch and c.alpha == 1 and c.beta == 1 and len(r.n) <= 1
+    fuse = along_n and not r.batch and c.alpha == 1 and c.beta == 1 and len(r.n) <= 1
     fused = None
-    if fuse:
+    if fuse and bias is not None:
         fused = emit("reshape", _cast(emit, bias, wanted.dtype), (plan.packed[0].n,))
         fuse = fake_value(fused).numel() == plan.packed[0].n
     if r.batch:

@@ -18,7 +18,7 @@ from .constants import Constants, fake_value
 from .lower import Lowered, lower
 from .plan import Plan, Planner
 from .recognise import Kept, Match, Recogniser
-from .verify import verify
+from .verify import Broken, verify
 
 T = TypeVar("T")
 
@@ -47,10 +47,8 @@ def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Outcom
         found = _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
         outcome.analysed = recogniser.analysed
         plans, refused = _timed(outcome, "plan", lambda: _plan(found), lambda p: len(p[0]))
-        if plans:
-            lowered = _timed(outcome, "lower", lambda: lower(module, constants, plans), lambda _: len(plans))
-            _timed(outcome, "verify", lambda: verify(module, constants, plans, lowered), lambda _: 0)
-            outcome.lowered, outcome.plans = lowered, plans
+        while plans and outcome.lowered is None:
+            _lower(outcome, module, constants, plans, refused, config.strict)
         by_node = {plan.match.anchor: plan for plan in plans}
         for item in found:
             node = item.anchor if isinstance(item, Match) else item.node
@@ -65,6 +63,24 @@ def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Outcom
         )
         outcome.decisions = [_decision(item, None, Reason.PASS_FAILED) for item in found]
     return outcome
+
+
+def _lower(
+    outcome: Outcome, module: fx.GraphModule, constants: Constants, plans: list[Plan], refused: dict[fx.Node, Reason],
+    strict: bool,
+) -> None:  # fmt: skip
+    """Lowers and verifies; a plan that is found broken is taken out, to be tried again without it."""
+    lowered = _timed(outcome, "lower", lambda: lower(module, constants, plans), lambda _: len(plans))
+    try:
+        _timed(outcome, "verify", lambda: verify(module, constants, plans, lowered), lambda _: 0)
+    except Broken as broken:
+        if strict:
+            raise
+        outcome.warnings.append(f"lqcompile left a matmul to Inductor: {broken}")
+        plans.remove(broken.plan)
+        refused[broken.plan.match.anchor] = Reason.PASS_FAILED
+    else:
+        outcome.lowered, outcome.plans = lowered, plans
 
 
 def static_values(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:

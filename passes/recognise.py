@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import formats
@@ -96,8 +97,7 @@ class Recogniser:
                 return None
             return self._match(c, misses)
         except Refused as refusal:
-            misses.append(NearMiss("", refusal.reason, refusal.at))
-            near = tuple(m for m in misses if m.rule) or tuple(misses)
+            near = tuple(misses) or (NearMiss("", refusal.reason, refusal.at),)
             return Kept(where(node), node, refusal.reason, near)
 
     def _match(self, c: Contraction, misses: list[NearMiss]) -> Match:
@@ -188,10 +188,12 @@ class Recogniser:
         known = (key, nodes, (c.node.target, fake_value(x).dtype) if through else None)
         seen = self._seen.get(known)
         if seen is None:
-            compute = self._computation(c, r, w, x, cut, scalings)
+            compute = self._computation(c, r, w, cut, scalings)
+            width, x_dtype = _size(dict(zip(r.w_labels, fake_value(w).shape, strict=True)), r.k), fake_value(x).dtype
 
             def recover(sources: Sequence[Tensor]) -> Recovered:
-                return self._read(compute, sources, key, misses, recover)
+                probe = identity(width, x_dtype, sources[0].device) if through else None
+                return self._read(evaluate(compute, sources, probe), sources, key, misses, recover)
 
             try:
                 seen = recover([self.constants.values[n] for n in nodes])
@@ -203,14 +205,13 @@ class Recogniser:
         return seen
 
     def _computation(
-        self, c: Contraction, r: Roles, w: fx.Node, x: fx.Node, cut: Slice, scalings: list[tuple[Slice, bool]]
+        self, c: Contraction, r: Roles, w: fx.Node, cut: Slice, scalings: list[tuple[Slice, bool]]
     ) -> Callable[..., list[Tensor]]:
-        """The function of the leaves that gives the weights [n, k], one for each place of the batch."""
+        """What gives the weights [n, k], one for each place of the batch, from the leaves (and the identity)."""
         module, through = self.module, is_traceable_wrapper_subclass(fake_value(w))
         name = str(c.node.target) if c.node.op == "call_method" else getattr(c.node.target, "__name__", "")
         if through and (name not in _EYE_FORMS or w is not c.b or len(r.w_labels) != 2):
             raise Refused(Reason.UNSUPPORTED_SPELLING, f"{name} with a {type(fake_value(w)).__name__}")
-        x_dtype, device = fake_value(x).dtype, fake_value(w).device
         dropped = [i for i, label in enumerate(r.w_labels) if label[-1] == "!"]
         kept = [label for label in r.w_labels if label[-1] != "!"]
         order = [kept.index(label) for label in (*r.batch, *r.n, *r.k)]
@@ -221,11 +222,8 @@ class Recogniser:
             taken = len(cut.leaves)
             weight = run(cut, leaves[:taken], module)
             if through:
-                weight = (
-                    torch.nn.functional.linear(identity(shape[2], x_dtype, device), weight).t()
-                    if (name == "linear")
-                    else torch.matmul(identity(shape[2], x_dtype, device), weight).t()
-                )
+                # A subclass multiplies as it likes: what it makes of the identity matrix is its weight, transposed.
+                weight = (F.linear(leaves[-1], weight) if name == "linear" else torch.matmul(leaves[-1], weight)).t()
             else:
                 weight = weight.squeeze(dropped) if dropped else weight
                 weight = weight.permute(order)
@@ -239,11 +237,11 @@ class Recogniser:
         return compute
 
     def _read(
-        self, compute: Callable[..., list[Tensor]], sources: Sequence[Tensor], key: str, misses: list[NearMiss],
+        self, weights: Sequence[Weight], sources: Sequence[Tensor], key: str, misses: list[NearMiss],
         again: Callable[[Sequence[Tensor]], Recovered],
     ) -> Recovered:  # fmt: skip
         found, proofs, rule = [], [], ""
-        for weight in evaluate(compute, sources):
+        for weight in weights:
             if not bool(torch.isfinite(weight.native).all()) or not bool(torch.isfinite(weight.shadow).all()):
                 raise Refused(Reason.NON_FINITE, "weight")
             if not weight.lowbit:
@@ -261,21 +259,21 @@ class Recogniser:
         if known is None:
             self.analysed += 1
         order: list[ModuleType] = sorted(every, key=lambda module: idioms.name_of(module) != known)
-        refusals = []
+        refusals: list[tuple[str, Refused]] = []
         for idiom in order:
             name = idioms.name_of(idiom)
             try:
                 qweight = validate(idiom.read(weight))
                 proof = prove(qweight, weight)
             except Refused as refusal:
-                misses.append(NearMiss(name, refusal.reason, refusal.at))
-                refusals.append(refusal)
+                refusals.append((name, refusal))
                 continue
-            misses.clear()
             self.rules[key] = name
             return name, qweight, proof
         # The most telling refusal: one about groups or a proof says more than "too many levels".
-        raise next((r for r in refusals if r.reason != Reason.TOO_MANY_LEVELS), refusals[-1])
+        nearest = next((r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS), refusals[-1])
+        misses.append(NearMiss(nearest[0], nearest[1].reason, nearest[1].at))
+        raise nearest[1]
 
 
 def prove(qweight: QWeight, weight: Weight) -> str:

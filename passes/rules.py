@@ -24,8 +24,8 @@ GATHER = {"index", "embedding", "gather", "index_select", "take"}
 WRITES = {"index_put": 2, "_unsafe_index_put": 2, "index_copy": 3, "scatter": 3}
 JOIN = {"cat", "stack", "slice_scatter", "select_scatter", *WRITES}
 ARITHMETIC = {
-    "add", "sub", "rsub", "mul", "div", "neg", "addcmul", "reciprocal", "sum", "mm", "bmm", "mv", "addmm", "pow", "exp2",
-    "ldexp",
+    "add", "sub", "rsub", "mul", "div", "neg", "addcmul", "reciprocal", "sum", "mm", "bmm", "mv", "addmm", "pow",
+    "exp2", "ldexp",
 }  # fmt: skip
 SMOOTH = {
     *LAYOUT, *GATHER, *JOIN, *ARITHMETIC, "copy", "constant_pad_nd", "where", "masked_fill", "exp", "sqrt", "rsqrt",
@@ -87,11 +87,11 @@ def _add(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
     a, b = (e.form(x) for x in op.args[:2])
     alpha = float(op.kwargs.get("alpha", op.args[2] if len(op.args) > 2 else 1))
     first, second = (-alpha, 1.0) if op.name == "rsub" else (1.0, -alpha if op.name == "sub" else alpha)
-    times = [
+    a, b = (
         algebra.scaled(f, torch.tensor(c, dtype=torch.float64), f.shape) if c != 1 else f
         for f, c in ((a, first), (b, second))
-    ]
-    return algebra.added(*times, shape)
+    )
+    return algebra.added(a, b, shape)
 
 
 def _mul(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
@@ -171,7 +171,7 @@ def _where(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
     if not any(f.terms for f in forms):
         return algebra.masked(condition, e.exact(a), e.exact(b), shape)
     wide = [algebra.moved(f, shape, lambda piece: piece.expand(shape)) for f in forms]
-    return algebra.joined(wide, shape, lambda pieces: torch.where(condition, *pieces))
+    return algebra.joined(wide, shape, lambda pieces: torch.where(condition, pieces[0], pieces[1]))
 
 
 def _sum(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:

@@ -26,7 +26,7 @@ Dtypes = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass
 class Case:
-    """One program with its input. `matmuls` of it take the weight; `slack` counts the roundings of what follows them."""
+    """One program with its input. `matmuls` of it take the weight; `slack` counts the roundings after them."""
 
     idiom: str
     spelling: str
@@ -51,9 +51,7 @@ class Case:
 
     def __str__(self) -> str:
         dtype = str(self.x.dtype).removeprefix("torch.")
-        stored = ", ".join(
-            f"{k} {str(v.dtype)[6:]}{list(v.shape)}" for k, v in (self.tensors | self.extra).items()
-        )
+        stored = ", ".join(f"{k} {str(v.dtype)[6:]}{list(v.shape)}" for k, v in (self.tensors | self.extra).items())
         return f"{self.idiom} / {self.spelling} / {' + '.join(self.drawn)} / x {dtype}{list(self.x.shape)} / {stored}"
 
 
@@ -86,9 +84,7 @@ def draw(random: Random, kind: str = "dressings", idiom: str | None = None, spel
         drawn, case.breaking = [breaking, *drawn], breaking
         case.expect, case.reasons = broken.expect, frozenset(broken.reasons)
     steps = []
-    wanted = (
-        [only] if only in DRESSINGS else random.choices(list(DRESSINGS), k=random.choice((0, 1, 1, 2, 3)))
-    )
+    wanted = [only] if only in DRESSINGS else random.choices(list(DRESSINGS), k=random.choice((0, 1, 1, 2, 3)))
     for label in wanted if breaking is None or random.random() < 0.4 else ():
         tensors |= (extra := {f"d{len(steps)}": v for v in index_for(random, label, n, k)})
         steps.append((DRESSINGS[label], next(iter(extra), "")))
@@ -208,9 +204,7 @@ def _packed(random: Random, name: str, t: Tensor) -> tuple[str, Tensors, Callabl
     if how == "transposed":
         return how, {key: t.transpose(0, -1).contiguous()}, lambda s: s[key].transpose(0, -1).contiguous()
     if how == "planes":
-        planes = torch.stack([(values >> i) & 1 for i in range(bits)]).to(
-            random.choice((torch.bool, torch.uint8))
-        )
+        planes = torch.stack([(values >> i) & 1 for i in range(bits)]).to(random.choice((torch.bool, torch.uint8)))
 
         def joined(s: Tensors) -> Tensor:
             total = s[key][0].to(torch.int32)
@@ -241,10 +235,7 @@ def _packed(random: Random, name: str, t: Tensor) -> tuple[str, Tensors, Callabl
             how,
             {key: packed.view(torch.int32)},
             lambda s: (
-                (
-                    torch.stack([(s[key].view(torch.uint8) >> i) & mask for i in shifts], -1).to(torch.int16)
-                    + low
-                )
+                (torch.stack([(s[key].view(torch.uint8) >> i) & mask for i in shifts], -1).to(torch.int16) + low)
                 .to(dtype)
                 .view(shape)
             ),
@@ -320,12 +311,11 @@ def _scale_after(random: Random, idiom: str, n: int, k: int, kind: str) -> Case:
     ))  # fmt: skip
     form, call = random.choice((("linear", lambda x, w: F.linear(x, w)), ("at", lambda x, w: x @ w.t())))
     _, x = arranged(random, "rows", k, dtype)
-    case = Case(idiom, "scale_after", [how, form], {"codes": codes, "scale": scale}, x, lambda t, x: t["codes"].to(x.dtype),
+    tensors = {"codes": codes, "scale": scale}
+    case = Case(idiom, "scale_after", [how, form], tensors, x, lambda t, x: t["codes"].to(x.dtype),
                 lambda x, w, t: scaled(call(x, w), t["scale"]), slack=6)  # fmt: skip
     if kind == "mutations":
-        case.drawn.insert(
-            0, broken := random.choice(("scale_after_relu", "scale_along_rows", "scale_after_from_x"))
-        )
+        case.drawn.insert(0, broken := random.choice(("scale_after_relu", "scale_along_rows", "scale_after_from_x")))
         applies = {
             "scale_after_relu": lambda x, w, t: scaled(call(x, w).relu(), t["scale"]),
             "scale_along_rows": lambda x, w, t: call(x, w) * t["scale"][0],

@@ -82,9 +82,7 @@ class Capture:
 class Exact(TorchFunctionMode):
     """Makes every floating dtype that a program names float64."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("half", "bfloat16", "float"):
             return args[0].double()
         wide = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in LOW else a  # noqa: E731
@@ -124,9 +122,7 @@ def wrong_elements(case: Case, got: Any, eager: Any, rewritten: bool) -> str:
     if not rewritten:
         return ""
     t, x = {name: _double(v) for name, v in (case.tensors | case.extra).items()}, case.x.double()
-    native = case.weight(
-        {name: v.clone() for name, v in (case.tensors | case.extra).items()}, case.x
-    ).double()
+    native = case.weight({name: v.clone() for name, v in (case.tensors | case.extra).items()}, case.x).double()
     u = max(UNIT_ROUNDOFF[case.x.dtype], UNIT_ROUNDOFF.get(case.autocast, 0.0))
     coarse = max([u, *(UNIT_ROUNDOFF.get(v.dtype, 0.0) for v in case.tensors.values())])
     with exactly():
@@ -154,8 +150,9 @@ def wrong_elements(case: Case, got: Any, eager: Any, rewritten: bool) -> str:
         if bool(bad.any()):
             j = int(bad.flatten().nonzero()[0])
             place = [int(p) for p in torch.unravel_index(torch.tensor(j), a.shape)] if a.ndim else []
-            return (f"{int(bad.sum())} elements off, first {place}: got {a.flatten()[j]:.9g}, exact "
-                    f"{truths[0][i].flatten()[j]:.9g}, eager {b.flatten()[j]:.9g}, allowed {allowed.flatten()[j]:.3g}")  # fmt: skip
+            a, b, exact, limit = (v.flatten()[j] for v in (a, b, truths[0][i], allowed))
+            values = f"got {a:.9g}, exact {exact:.9g}, eager {b:.9g}, allowed {limit:.3g}"
+            return f"{int(bad.sum())} elements off, first {place}: {values}"
         far = ~((a - b).abs() <= 16 * coarse * most[i] + 2 * allowed + 64 * coarse * all_[i]) & ~overflow
         if bool(far.any()):
             return f"{int(far.sum())} elements far from eager"
@@ -205,9 +202,7 @@ def run_batch(cases: Sequence[Case], dynamic: bool = False) -> list[Verdict]:
             verdict.analysed = capture.outcome.analysed
             if not verdict.failure and case.breaking != "buffer_written":
                 for name, value in case.tensors.items():
-                    same = value._version == versions[i][name] and vars(value).keys() <= {
-                        "_dynamo_static_input_type"
-                    }
+                    same = value._version == versions[i][name] and vars(value).keys() <= {"_dynamo_static_input_type"}
                     if not same or not torch.equal(_bits(value), _bits(before[i][name])):
                         verdict.failure, verdict.detail = "changed", f"{name}: {vars(value)}"
             verdicts.append(verdict)
@@ -224,8 +219,7 @@ def _judge(case: Case, decisions: list[Decision], got: Any, eager: Any) -> Verdi
     rewritten = [d for d in decisions if d.outcome == "rewritten"]
     kept = [d for d in decisions if d.outcome == "kept"]
     reasons = ", ".join(
-        f"{d.reason.name if d.reason else None} {[(m.rule, m.reason.name, m.at) for m in d.near_misses]}"
-        for d in kept
+        f"{d.reason.name if d.reason else None} {[(m.rule, m.reason.name, m.at) for m in d.near_misses]}" for d in kept
     )
     if len(decisions) != case.matmuls:
         verdict.failure, verdict.detail = (
@@ -281,31 +275,29 @@ class Tally:
             for (i, _, label), count in self.cells.items():
                 drawn[label] += count * (i == idiom)
             lines.append(f"{idiom}: {sum(spellings.values())} cases")
-            lines += ["  " + ", ".join(f"{name} {count}" for name, count in sorted(c.items()) if count) for c in (spellings, drawn)]
+            lines += [
+                "  " + ", ".join(f"{name} {count}" for name, count in sorted(c.items()) if count)
+                for c in (spellings, drawn)
+            ]
         lines.append(f"idiom x spelling x drawn: {len(self.cells)} different")
-        lines.append(
-            "decisions: " + ", ".join(f"{name} {count}" for name, count in self.outcomes.most_common())
-        )
+        lines.append("decisions: " + ", ".join(f"{name} {count}" for name, count in self.outcomes.most_common()))
         failures = ", ".join(f"{name} {count}" for name, count in self.failures.most_common())
         lines.append(f"cases {self.cases}, failures: {failures or 'none'}")
         return "\n".join(lines)
 
 
-def fuzz(seed: int, count: int, kind: str, idiom: str | None = None, spelling: str | None = None, only: str | None = None,
-         show: int = 20) -> Tally:  # fmt: skip
-    """Runs `count` cases and prints each failure with the seed that draws it."""
+def fuzz(seed: int, count: int, kind: str, show: int = 20, **fixed: str | None) -> Tally:
+    """Runs `count` cases and prints each failure with the seed that draws it. `fixed`: idiom, spelling, only."""
     tally, start, shown = Tally(), time.perf_counter(), 0
     for first in range(seed, seed + count, BATCH):
         seeds = range(first, min(first + BATCH, seed + count))
-        for number, verdict in zip(seeds, judge(seeds, kind, idiom, spelling, only), strict=True):
+        for number, verdict in zip(seeds, judge(seeds, kind, **fixed), strict=True):
             tally.add(verdict)
             if verdict.failure:
                 shown += 1
                 if shown <= show:
-                    print(
-                        f"FAIL --kind {kind} --seed {number} --cases 1: {verdict.failure}: {verdict.detail}\n     {verdict.case}",
-                        flush=True,
-                    )
+                    print(f"FAIL --kind {kind} --seed {number} --cases 1: {verdict.failure}: {verdict.detail}")
+                    print(f"     {verdict.case}", flush=True)
         if first == seed:
             gc.collect()
             gc.freeze()
@@ -348,9 +340,7 @@ def judge(
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=160)
     parser.add_argument("--kind", choices=("dressings", "mutations"), default="dressings")
     parser.add_argument("--seed", type=int, default=0)
@@ -361,11 +351,9 @@ def main() -> int:
     torch.set_num_threads(1)
     logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
     start = time.perf_counter()
-    tally = fuzz(a.seed, a.cases, a.kind, a.idiom, a.spelling, a.only, a.show)
+    tally = fuzz(a.seed, a.cases, a.kind, a.show, idiom=a.idiom, spelling=a.spelling, only=a.only)
     print(tally)
-    print(
-        f"{a.kind} from seed {a.seed}: {1000 * (time.perf_counter() - start) / a.cases:.0f} s per 1000 cases"
-    )
+    print(f"{a.kind} from seed {a.seed}: {1000 * (time.perf_counter() - start) / a.cases:.0f} s per 1000 cases")
     return bool(tally.failures)
 
 

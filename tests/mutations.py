@@ -27,7 +27,7 @@ def _keep(w: Tensor, t: Tensors, x: Tensor) -> Tensor:
 
 @dataclass
 class Broken:
-    """What a mutation changes: stored tensors, those that become inputs, and what happens before or after dequantizing."""
+    """What a mutation changes: stored tensors, which of them become inputs, and steps around dequantizing."""
 
     expect: str = "either"
     reasons: Iterable[Reason] = ()
@@ -47,9 +47,7 @@ def _mutation(make: Mutation) -> Mutation:
 
 
 def _floats(t: Tensors) -> list[str]:
-    return [
-        name for name, v in t.items() if v.is_floating_point() and v.dtype.itemsize > 1 and name != "bias"
-    ]
+    return [name for name, v in t.items() if v.is_floating_point() and v.dtype.itemsize > 1 and name != "bias"]
 
 
 def _main_codes(t: Tensors) -> str:
@@ -61,9 +59,7 @@ def _main_codes(t: Tensors) -> str:
 def scale_from_x(random: Random, t: Tensors, x: Tensor, n: int, k: int) -> Broken:
     name = random.choice(_floats(t))
     of = random.choice((lambda x: x.abs().amax(), lambda x: x.flatten()[0], lambda x: x.sum() + 1))
-    return Broken(
-        "kept", (Reason.SCALE_FROM_INPUT,), before=lambda t, x: t | {name: t[name] * of(x).to(t[name].dtype)}
-    )
+    return Broken("kept", (Reason.SCALE_FROM_INPUT,), before=lambda t, x: t | {name: t[name] * of(x).to(t[name].dtype)})
 
 
 @_mutation
@@ -93,6 +89,8 @@ def _put_corner(w: Tensor, x: Tensor) -> Tensor:
 
 
 def _put_half(w: Tensor, x: Tensor) -> Tensor:
+    # Dynamo takes no strided out=.
+    w = w.contiguous()
     torch.mul(w, x.flatten()[0].to(w.dtype), out=w)
     return w
 
@@ -149,9 +147,7 @@ def random_op(random: Random, t: Tensors, x: Tensor, n: int, k: int) -> Broken:
 def non_finite(random: Random, t: Tensors, x: Tensor, n: int, k: int) -> Broken:
     name = random.choice(_floats(t))
     value = t[name].clone()
-    value.view(-1)[random.randrange(value.numel())] = random.choice(
-        (float("nan"), float("inf"), float("-inf"))
-    )
+    value.view(-1)[random.randrange(value.numel())] = random.choice((float("nan"), float("inf"), float("-inf")))
     return Broken("non_finite", (Reason.NON_FINITE,), {name: value})
 
 

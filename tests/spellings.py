@@ -75,7 +75,7 @@ DRESSINGS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "times_one": lambda w, _: w * 1.0,
     "over_one": lambda w, _: w / 1,
     "plus_zero": lambda w, _: w + 0,
-    "negated": lambda w, _: -(-w),
+    "negated": lambda w, _: torch.neg(-w),
     "unsqueeze": lambda w, _: w.unsqueeze(1).squeeze(1),
     "expand": lambda w, _: w.unsqueeze(0).expand(3, -1, -1)[1],
     "roll": lambda w, _: w.roll(1, 0).roll(-1, 0),

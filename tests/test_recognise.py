@@ -1,6 +1,7 @@
 """The recogniser on drawn programs: dressings must not change the verdict, mutations must never give a wrong result."""
 
 import math
+from random import Random
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,7 +15,8 @@ import lqcompile
 from lqcompile.errors import Reason
 from lqcompile.passes import idioms
 
-from .fuzz import Capture, judge
+from .corpus import draw
+from .fuzz import Capture, judge, run_batch, wrong_elements
 from .mutations import MUTATIONS
 from .spellings import DRESSINGS, SPELLINGS
 
@@ -23,8 +25,6 @@ IDIOMS = [idioms.name_of(i) for i in idioms.discover()]
 CLEAR = {
     "axis_0": {Reason.GROUPS},
     "swapped_axes": {Reason.GROUPS},
-    "big_codes": {Reason.TOO_MANY_LEVELS},
-    "normalized": {Reason.TOO_MANY_LEVELS},
 }
 NO_SHRINKING = hypothesis.settings(phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
 
@@ -45,30 +45,30 @@ def outcome_of(model, *inputs):
 @NO_SHRINKING
 @hypothesis.given(st.integers(0, 2**60))
 def test_no_dressing_is_refused(seed):
-    assert not failures(judge(range(seed, seed + 8), "dressings"))
+    assert not failures(judge(range(seed, seed + 6), "dressings"))
 
 
 @NO_SHRINKING
 @hypothesis.given(st.integers(0, 2**60))
 def test_no_mutation_is_rewritten_wrongly(seed):
-    assert not failures(judge(range(seed, seed + 8), "mutations"))
+    assert not failures(judge(range(seed, seed + 6), "mutations"))
 
 
 @pytest.mark.parametrize("spelling", [*SPELLINGS, "scale_after"])
 def test_every_spelling_of_every_idiom(spelling):
     names = [i for i in IDIOMS if spelling != "scale_after" or i != "by_value"]
-    verdicts = [judge([7], "dressings", idiom, spelling)[0] for idiom in names]
-    assert not failures(verdicts)
+    cases = [draw(Random(f"{spelling} {i}"), "dressings", idiom, spelling) for i, idiom in enumerate(names)]
+    assert not failures(run_batch(cases))
 
 
 @pytest.mark.parametrize("dressing", DRESSINGS)
 def test_every_dressing(dressing):
-    assert not failures(judge(range(4), "dressings", only=dressing))
+    assert not failures(judge(range(3), "dressings", only=dressing))
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_every_mutation(mutation):
-    verdicts = judge(range(6), "mutations", only=mutation)
+    verdicts = judge(range(4), "mutations", only=mutation)
     assert not failures(verdicts)
     for verdict in verdicts:
         assert verdict.case.breaking == mutation
@@ -131,8 +131,10 @@ def pruned():
 
 NOT_QUANTIZED = {
     "float": lambda: linear_stack(2),
-    "zeros": lambda: nn.Sequential(nn.utils.skip_init(nn.Linear, 32, 16)).apply(lambda m: [p.zero_() for p in m.parameters()]),
-    "attention": lambda: nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval(),
+    "zeros": lambda: nn.Sequential(nn.utils.skip_init(nn.Linear, 32, 16)).apply(
+        lambda m: [p.zero_() for p in m.parameters()]
+    ),
+    "attention": lambda: nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True),
     "lora_merged": lambda: WithAdapter(True, False),
     "lora_merged_zero": lambda: WithAdapter(True, True),
     "lora_beside": lambda: WithAdapter(False, False),
@@ -141,7 +143,9 @@ NOT_QUANTIZED = {
     "mask_float": lambda: Masked(torch.float32),
     "mask_bool": lambda: Masked(torch.bool),
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(32, 16)),
-    "embedding_tied": lambda: nn.Sequential(nn.Linear(32, 16), nn.Unflatten(-1, (4, 4)), nn.Flatten(-2), nn.Linear(16, 32)),
+    "embedding_tied": lambda: nn.Sequential(
+        nn.Linear(32, 16), nn.Unflatten(-1, (4, 4)), nn.Flatten(-2), nn.Linear(16, 32)
+    ),
 }
 
 
@@ -182,10 +186,19 @@ def test_writes_into_empty_are_understood():
     model, x = Hqq(), torch.eye(128).half()
     outcome, got = outcome_of(model, x)
     (decision,) = outcome.decisions
-    assert (decision.outcome, decision.rule, decision.format.bits, decision.format.group) == ("rewritten", "affine", 4, 128)
+    assert (decision.outcome, decision.rule, decision.format.bits, decision.format.group) == (
+        "rewritten",
+        "affine",
+        4,
+        128,
+    )
     torch.testing.assert_close(got, model(x), rtol=2**-9, atol=2**-7)
     # Nothing is left of the unpacking.
-    assert not any("packed" in str(n.target) and "self" in n.name for n in outcome.lowered.module.graph.nodes if n.op == "placeholder")
+    assert not any(
+        "packed" in str(n.target) and "self" in n.name
+        for n in outcome.lowered.module.graph.nodes
+        if n.op == "placeholder"
+    )
 
 
 def test_the_users_tensors_are_untouched():
@@ -210,12 +223,9 @@ def test_decisions_name_the_users_code():
 
 def test_a_wrong_result_would_be_seen():
     """The oracle itself: one weight off by one code, in each precision, is a failure."""
-    from .corpus import draw
-    from .fuzz import wrong_elements
-
     seen = 0
     for seed in range(40):
-        case = draw(__import__("random").Random(f"{seed}"), "dressings", "table", "linear")
+        case = draw(Random(f"{seed}"), "dressings", "table", "linear")
         if case.matmuls > 1 or case.slack > 2 or case.x.shape[-2] != case.x.shape[-1] or case.x.dtype == torch.bfloat16:
             continue
         eager = case.forward(case.x, case.tensors)

@@ -1,0 +1,145 @@
+"""What README's table of measurements states, measured again: `python -m tests.measure compile|freshness`.
+
+Every figure is a ratio, or a difference, within one run: candidates take turns, medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from torch import nn
+
+from lqcompile import backend
+from lqcompile.passes import pipeline
+from tests.test_backend import Dequant
+
+DIM, HIDDEN, BLOCKS = 256, 512, 8
+
+
+class Block(nn.Module):
+    """The seven linears of a Llama block: q, k, v, o, gate, up, down."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        make = lambda n, k, i: Dequant(n, k, 32, seed=7 * seed + i)  # noqa: E731
+        self.q, self.k, self.v, self.o = (make(DIM, DIM, i) for i in range(4))
+        self.gate, self.up, self.down = make(HIDDEN, DIM, 4), make(HIDDEN, DIM, 5), make(DIM, HIDDEN, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attention = (self.q(x) @ self.k(x).transpose(-1, -2)).softmax(-1) @ self.v(x)
+        x = nn.functional.rms_norm(x + self.o(attention), (DIM,))
+        return nn.functional.rms_norm(x + self.down(nn.functional.silu(self.gate(x)) * self.up(x)), (DIM,))
+
+
+def one_compile(name: str) -> None:
+    """Compiles the 56-linear model once in this process and prints the seconds, those of our passes, and cache hits."""
+    from torch._dynamo.utils import counters
+
+    model, x = nn.Sequential(*(Block(i) for i in range(BLOCKS))).eval(), torch.randn(1, 16, DIM)
+    spent: list[float] = []
+    rewritten: list[int] = []
+    run = pipeline.run
+
+    def timed(*args):
+        start = time.perf_counter()
+        outcome = run(*args)
+        spent.append(time.perf_counter() - start)
+        rewritten.append(sum(d.outcome == "rewritten" for d in outcome.decisions))
+        return outcome
+
+    pipeline.run = timed
+    with torch.no_grad():
+        # Imports and the first use of the compiler are not what is compared.
+        torch.compile(nn.Linear(4, 4), backend=name)(torch.randn(2, 4))
+        spent.clear()
+        counters.clear()
+        start = time.perf_counter()
+        torch.compile(model, backend=name)(x)
+        seconds = time.perf_counter() - start
+    assert name != "lq" or rewritten[-1] == 7 * BLOCKS, rewritten
+    hits = (counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"])
+    print(seconds, sum(spent), *hits)
+
+
+def compile_time(repeats: int) -> None:
+    """Cold and warm compile of one dequantizing model, by "lq" and default Inductor in turns, each in a new process."""
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for _ in range(repeats):
+        for name in ("inductor", "lq"):
+            with tempfile.TemporaryDirectory() as cache:
+                for state in ("cold", "warm"):
+                    out = subprocess.run(
+                        [sys.executable, "-m", "tests.measure", "one", "--backend", name],
+                        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                    )
+                    row = [float(v) for v in out.stdout.split()[-4:]]
+                    found.setdefault((state, name), []).append(row)
+                    print(state, name, *(f"{v:.2f}" for v in row), flush=True)
+    for state in ("cold", "warm"):
+        lq, inductor = (statistics.median(r[0] for r in found[state, name]) for name in ("lq", "inductor"))
+        rewrite = statistics.median(r[1] for r in found[state, "lq"])
+        print(f"{state}: lq {lq:.2f} s, inductor {inductor:.2f} s, ratio {lq / inductor:.2f}; rewrite {rewrite:.2f} s")
+
+
+def freshness(repeats: int) -> None:
+    """What the freshness check adds to a call with 200 packed weights, three source tensors each.
+
+    The compiled graph is replaced by a function that does nothing: its own time would drown the check's.
+    """
+    model = nn.Sequential(*(Dequant(32, 32, 32, seed=i) for i in range(200))).eval()
+    seen: list[tuple] = []
+    call = backend.Compiled.__call__
+
+    def spy(self, *args):
+        seen.append((self, args))
+        return call(self, *args)
+
+    backend.Compiled.__call__ = spy
+    with torch.no_grad():
+        torch.compile(model, backend="lq")(torch.randn(1, 32))
+    compiled, args = seen[-1]
+    compiled._compiled = lambda *_: None
+    configs = {"checked": compiled._config, "unchecked": dataclasses.replace(compiled._config, check_weights="never")}
+    times: dict[str, list[float]] = {name: [] for name in configs}
+    for _ in range(20 * repeats):
+        for name, config in configs.items():
+            compiled._config = config
+            start = time.perf_counter()
+            for _ in range(100):
+                call(compiled, *args)
+            times[name].append((time.perf_counter() - start) * 1e4)
+    checked, unchecked = (statistics.median(times[name]) for name in ("checked", "unchecked"))
+    sources = len(compiled._snapshot.sources)
+    print(
+        f"{checked - unchecked:.1f} us a call for 200 packed weights of {sources} source tensors, median of 100 calls"
+    )
+
+
+def main() -> None:
+    """Parses the command line and runs one measurement."""
+    parser = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__)
+    parser.add_argument("what", choices=("compile", "freshness", "one"))
+    parser.add_argument("--backend", default="lq")
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    if given.what == "one":
+        one_compile(given.backend)
+    elif given.what == "compile":
+        compile_time(given.repeats)
+    else:
+        freshness(given.repeats)
+
+
+if __name__ == "__main__":
+    main()
