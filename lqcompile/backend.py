@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .config import Config, make
 from .device import Device
-from .errors import ArgumentError, Refused, StrictError
+from .errors import ArgumentError, Refused
 from .freshness import Snapshot
 from .kernels import ops
 from .passes import pipeline
@@ -30,6 +31,7 @@ from .passes.recognise import Recovered
 from .report import PassRecord, Report
 
 _LIVE: weakref.WeakSet[Compiled] = weakref.WeakSet()
+_RECORDING: list[list[Report]] = []
 
 
 def lq(
@@ -49,6 +51,8 @@ def lq(
     outcome = pipeline.run(module, example_inputs, config)
     for warning in outcome.warnings:
         warnings.warn(warning, stacklevel=2)
+    for reports in _RECORDING:
+        reports.append(report_of(module, outcome))
     return _compile(module, example_inputs, config, outcome)
 
 
@@ -215,6 +219,18 @@ def explain(model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] 
     return Report.merged(reports) if reports else Report({}, ())
 
 
+@contextlib.contextmanager
+def recording() -> Iterator[list[Report]]:
+    """Collects the report of every graph that "lq" compiles meanwhile."""
+    reports: list[Report] = []
+    _RECORDING.append(reports)
+    try:
+        yield reports
+    finally:
+        # By identity: two empty recordings are equal.
+        _RECORDING[:] = [other for other in _RECORDING if other is not reports]
+
+
 def report_of(module: fx.GraphModule, outcome: Outcome) -> Report:
     """The report of one graph."""
     fakes = (fake_value(n) for n in module.graph.nodes)
@@ -223,6 +239,3 @@ def report_of(module: fx.GraphModule, outcome: Outcome) -> Report:
     facts = {"name": device.name if device else str(kind), "kind": kind.type, "real": True}
     passes = tuple(PassRecord(*record) for record in outcome.passes)
     return Report(facts, tuple(outcome.decisions), passes, tuple(outcome.warnings))
-
-
-__all__ = ["StrictError", "explain", "lq", "refresh"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -40,11 +41,33 @@ def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Outcom
     """Runs the passes over Dynamo's graph and its real inputs. Never changes `module`; raises only in strict mode."""
     outcome = Outcome()
     found: list[Match | Kept] = []
+    values = static_values(module, inputs)
+    with _threads_for(values.values()):
+        _run(outcome, found, module, values, config)
+    return outcome
+
+
+@contextlib.contextmanager
+def _threads_for(weights: Iterable[Tensor]) -> Iterator[None]:
+    """One thread for small codes: to start others for each small operation costs more, 30 times on a busy machine."""
+    before = torch.get_num_threads()
+    few = max((w.numel() for w in weights if not w.is_floating_point()), default=0) < 1 << 22
+    if few:
+        torch.set_num_threads(1)
     try:
-        values = static_values(module, inputs)
+        yield
+    finally:
+        if few:
+            torch.set_num_threads(before)
+
+
+def _run(
+    outcome: Outcome, found: list[Match | Kept], module: fx.GraphModule, values: dict[fx.Node, Tensor], config: Config
+) -> None:
+    try:
         constants = outcome.constants = Constants(module.graph, values)
         recogniser = Recogniser(module, constants)
-        found = _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
+        found += _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
         outcome.analysed = recogniser.analysed
         plans, refused = _timed(outcome, "plan", lambda: _plan(found), lambda p: len(p[0]))
         while plans and outcome.lowered is None:
@@ -62,7 +85,6 @@ def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Outcom
             f"lqcompile left a graph to Inductor: {type(error).__name__} at {last.filename}:{last.lineno}: {error}"
         )
         outcome.decisions = [_decision(item, None, Reason.PASS_FAILED) for item in found]
-    return outcome
 
 
 def _lower(

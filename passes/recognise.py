@@ -78,6 +78,7 @@ class Recogniser:
     rules: dict[str, str] = field(default_factory=dict)
     analysed: int = 0
     _seen: dict[Any, Recovered | Refused] = field(default_factory=dict)
+    _refused: set[str] = field(default_factory=set)
 
     def run(self) -> list[Match | Kept]:
         """A verdict for every matmul between an activation and something, in program order."""
@@ -244,6 +245,7 @@ class Recogniser:
         for weight in weights:
             if not bool(torch.isfinite(weight.native).all()) or not bool(torch.isfinite(weight.shadow).all()):
                 raise Refused(Reason.NON_FINITE, "weight")
+        for weight in weights:
             if not weight.lowbit:
                 raise Refused(Reason.NOT_QUANTIZED, "no value comes from low-bit data")
             rule, qweight, proof = self._first(weight, key, misses)
@@ -259,6 +261,9 @@ class Recogniser:
         if known is None:
             self.analysed += 1
         order: list[ModuleType] = sorted(every, key=lambda module: idioms.name_of(module) != known)
+        if key in self._refused:
+            # The values of an equal slice gave nothing; to search these too would take seconds a layer.
+            order = [module for module in order if idioms.name_of(module) != "by_value"]
         refusals: list[tuple[str, Refused]] = []
         for idiom in order:
             name = idioms.name_of(idiom)
@@ -272,6 +277,7 @@ class Recogniser:
             return name, qweight, proof
         # The most telling refusal: one about groups or a proof says more than "too many levels".
         nearest = next((r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS), refusals[-1])
+        self._refused.add(key)
         misses.append(NearMiss(nearest[0], nearest[1].reason, nearest[1].at))
         raise nearest[1]
 

@@ -57,7 +57,7 @@ def _probe(
         if match.bias is not None:
             bias = constants.values.get(match.bias)
             if bias is None:
-                bias = torch.randn(_bias_shape(plan), device=x.device).to(fake_value(match.bias).dtype)
+                bias = _random(_bias_shape(plan), fake_value(match.bias))
             old[match.bias], new[nodes_now[match.bias]] = bias, bias
         between = _between(match.x, match.bias, match.output, constants)
         with _autocast_of(plan):
@@ -79,8 +79,12 @@ def _random_x(plan: Plan) -> Tensor:
         (size if isinstance(size, int) and size < ROWS else ROWS) if label in r.m else int(size)
         for label, size in zip(r.x_labels, fake.shape, strict=True)
     ]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(fake.device, fake.dtype)
+    return _random(shape, fake)
+
+
+def _random(shape: Sequence[int], like: Tensor) -> Tensor:
+    # A generator of its own: the user's random numbers are not ours to draw.
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
 def _bias_shape(plan: Plan) -> list[int]:
@@ -116,7 +120,7 @@ def _between(x: fx.Node, bias: fx.Node | None, output: fx.Node, constants: Const
 
 def _run(module: fx.GraphModule, nodes: Sequence[fx.Node], env: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
     found = dict(env)
-    interpreter = fx.Interpreter(module, graph=module.graph)
+    interpreter = fx.Interpreter(module, garbage_collect_values=False, graph=module.graph)
     for node in nodes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
         found[node] = getattr(interpreter, node.op)(node.target, args, kwargs)

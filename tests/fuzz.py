@@ -1,6 +1,6 @@
 """Draws many cases, compiles them sixteen to a graph, and compares every element with what the program means.
 
-    python -m tests.fuzz --cases 10000 --kind dressings --seed 0 [--idiom affine] [--spelling linear] [--only relu]
+    python -m tests.fuzz --cases 10000 --kind dressings --seed 0 [--idiom affine] [--only relu] [--jobs 2]
 
 Case i is drawn from seed + i alone: `--seed <its number> --cases 1` runs it by itself. Exit code 1 on any failure.
 """
@@ -8,35 +8,33 @@ Case i is drawn from seed + i alone: `--seed <its number> --cases 1` runs it by 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import gc
 import logging
-import math
+import multiprocessing
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lqcompile.config import Config
-from lqcompile.formats import UNIT_ROUNDOFF
 from lqcompile.passes import pipeline
 from lqcompile.passes.pipeline import Outcome
 from lqcompile.types import Decision
 
 from .corpus import Case, draw
-from .mutations import BETWEEN
+from .oracle import wrong_elements
 from .spellings import SPELLINGS, Tensors
 
-BATCH = 16
+BATCH, CHUNK = 16, 800
 LOW = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -66,97 +64,23 @@ class Batch(nn.Module):
 
 
 class Capture:
-    """A backend that runs the passes in strict mode and then the lowered graph, eagerly."""
+    """A backend that runs the passes in strict mode and then the lowered graph, eagerly. `stale`: plan again first."""
 
     def __init__(self) -> None:
-        self.outcome = Outcome()
+        self.outcome, self.stale = Outcome(), False
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.module = module
         self.outcome = pipeline.run(module, inputs, Config(strict=True))
+        return self.run
+
+    def run(self, *args: Any) -> Any:
+        if self.stale:
+            self.outcome, self.stale = pipeline.run(self.module, args, Config(strict=True)), False
         lowered = self.outcome.lowered
         if lowered is None:
-            return module.forward
-        return lambda *args: lowered.module(*lowered.packed, *[args[i] for i in lowered.kept])
-
-
-class Exact(TorchFunctionMode):
-    """Makes every floating dtype that a program names float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("half", "bfloat16", "float"):
-            return args[0].double()
-        wide = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in LOW else a  # noqa: E731
-        return func(*tree_map(wide, args), **tree_map(wide, kwargs or {}))
-
-
-@contextlib.contextmanager
-def exactly() -> Iterator[None]:
-    """Float64 throughout."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Exact():
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def _double(t: Tensor) -> Tensor:
-    return t.double() if t.dtype in LOW else t.clone()
-
-
-def _flat(result: Any) -> list[Tensor]:
-    return [t.double() for t in tree_leaves(result)]
-
-
-def _strides(t: Tensor) -> list[int]:
-    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
-
-
-def wrong_elements(case: Case, got: Any, eager: Any, rewritten: bool) -> str:
-    """What is wrong with a result, or "". What was not rewritten must be eager's own, bit for bit."""
-    for a, b in zip(tree_leaves(got), tree_leaves(eager), strict=True):
-        if (a.shape, a.dtype, _strides(a)) != (b.shape, b.dtype, _strides(b)):
-            return f"{a.dtype} {tuple(a.shape)} strides {a.stride()}, eager {b.dtype} {tuple(b.shape)} {b.stride()}"
-        if not rewritten and not torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)):
-            return "a kept matmul changed its result"
-    if not rewritten:
-        return ""
-    t, x = {name: _double(v) for name, v in (case.tensors | case.extra).items()}, case.x.double()
-    native = case.weight({name: v.clone() for name, v in (case.tensors | case.extra).items()}, case.x).double()
-    u = max(UNIT_ROUNDOFF[case.x.dtype], UNIT_ROUNDOFF.get(case.autocast, 0.0))
-    coarse = max([u, *(UNIT_ROUNDOFF.get(v.dtype, 0.0) for v in case.tensors.values())])
-    with exactly():
-        w = case.weight(t, x)
-        truths = [_flat(case.apply(x, v, t)) for v in (w, native)]
-        subnormal = 2.0**-25 if u == 2.0**-11 else 0.0
-        largest = w.abs().amax(1, keepdim=True).expand(w.shape)
-        # The kernel holds scales in float32: a few of its roundings beside the one of the weight itself.
-        off = (1.01 * u + 2.0**-20) * w.abs() + 2.0**-18 * largest + subnormal
-        if case.expect == "either":
-            # Where no algebra follows, some roundings of eager are kept and others are not.
-            off = off + 2 * (native - w).abs()
-            off = off + 4 * coarse * w.abs() if case.breaking in BETWEEN else off
-        positive = t | {name: v.abs() for name, v in t.items() if name == "bias"}
-        none, some, most, all_ = (
-            _flat(case.apply(x.abs(), v, positive)) for v in (torch.zeros_like(w), off, largest, w.abs())
-        )
-    coarse = 2.0**-8 if case.expect == "either" else coarse
-    for i, (a, b) in enumerate(zip(_flat(got), _flat(eager), strict=True)):
-        scale = case.slack * u + 2 * math.sqrt(case.x.numel()) * 2.0**-24
-        allowed = some[i] - none[i] + scale * all_[i] + 2 * subnormal
-        error = torch.minimum(*((a - truth[i]).abs() for truth in truths))
-        overflow = ~b.isfinite() & ~a.isfinite()
-        bad = ~(error <= allowed) & ~overflow
-        if bool(bad.any()):
-            j = int(bad.flatten().nonzero()[0])
-            place = [int(p) for p in torch.unravel_index(torch.tensor(j), a.shape)] if a.ndim else []
-            a, b, exact, limit = (v.flatten()[j] for v in (a, b, truths[0][i], allowed))
-            values = f"got {a:.9g}, exact {exact:.9g}, eager {b:.9g}, allowed {limit:.3g}"
-            return f"{int(bad.sum())} elements off, first {place}: {values}"
-        far = ~((a - b).abs() <= 16 * coarse * most[i] + 2 * allowed + 64 * coarse * all_[i]) & ~overflow
-        if bool(far.any()):
-            return f"{int(far.sum())} elements far from eager"
-    return ""
+            return self.module(*args)
+        return lowered.module(*lowered.packed, *[args[i] for i in lowered.kept])
 
 
 @dataclass
@@ -170,9 +94,39 @@ class Verdict:
     analysed: int = 0
 
 
-def run_batch(cases: Sequence[Case], dynamic: bool = False) -> list[Verdict]:
-    """Compiles the cases in one graph and judges each. Raises what compiling raises."""
+def run_batch(cases: Sequence[Case], dynamic: bool = False, drawings: int = 1) -> list[Verdict]:
+    """Compiles the cases in one graph and judges each, and again with `drawings` - 1 other values of its tensors.
+
+    Tracing takes most of the time, and does not see values. Raises what compiling raises.
+    """
     model, capture = Batch(cases), Capture()
+    torch._dynamo.reset()
+    if dynamic:
+        for case in cases:
+            if SPELLINGS.get(case.spelling, ("rows",))[0] in ("rows", "matrix") and case.x.shape[0] > 1:
+                torch._dynamo.maybe_mark_dynamic(case.x, 0)
+    compiled = torch.compile(model, backend=capture, fullgraph=True)
+    verdicts = []
+    for drawing in range(drawings):
+        if drawing:
+            for case in cases:
+                _shuffle(case, drawing)
+            capture.stale = True
+        verdicts += _one_drawing(cases, model, compiled, capture)
+    torch._dynamo.reset()
+    return verdicts
+
+
+def _shuffle(case: Case, seed: int) -> None:
+    """Other values for a case: those of each stored tensor, at other places in it."""
+    generator = torch.Generator().manual_seed(seed)
+    for t in case.tensors.values():
+        t.copy_(t.flatten()[torch.randperm(t.numel(), generator=generator)].view(t.shape))
+
+
+def _one_drawing(
+    cases: Sequence[Case], model: nn.Module, compiled: Callable[..., Any], capture: Capture
+) -> list[Verdict]:
     xs, extras = [c.x for c in cases], [c.extra for c in cases]
     before = [{name: v.clone() for name, v in c.tensors.items()} for c in cases]
     versions = [{name: v._version for name, v in c.tensors.items()} for c in cases]
@@ -183,17 +137,12 @@ def run_batch(cases: Sequence[Case], dynamic: bool = False) -> list[Verdict]:
                 for name, value in old.items():
                     case.tensors[name].copy_(value)
 
-    torch._dynamo.reset()
-    if dynamic:
-        for case in cases:
-            if SPELLINGS.get(case.spelling, ("rows",))[0] in ("rows", "matrix") and case.x.shape[0] > 1:
-                torch._dynamo.maybe_mark_dynamic(case.x, 0)
     with torch.no_grad():
         torch.manual_seed(0)
         eager = model(xs, extras)
         restore()
         torch.manual_seed(0)
-        got = torch.compile(model, backend=capture, fullgraph=True)(xs, extras)
+        got = compiled(xs, extras)
         restore()
         verdicts = []
         for i, case in enumerate(cases):
@@ -206,7 +155,6 @@ def run_batch(cases: Sequence[Case], dynamic: bool = False) -> list[Verdict]:
                     if not same or not torch.equal(_bits(value), _bits(before[i][name])):
                         verdict.failure, verdict.detail = "changed", f"{name}: {vars(value)}"
             verdicts.append(verdict)
-    torch._dynamo.reset()
     return verdicts
 
 
@@ -267,6 +215,11 @@ class Tally:
         if verdict.failure:
             self.failures[verdict.failure] += 1
 
+    def merge(self, other: Tally) -> None:
+        for name in ("cells", "spellings", "outcomes", "failures"):
+            getattr(self, name).update(getattr(other, name))
+        self.cases += other.cases
+
     def __str__(self) -> str:
         lines = []
         for idiom in sorted({idiom for idiom, _ in self.spellings}):
@@ -286,34 +239,43 @@ class Tally:
         return "\n".join(lines)
 
 
-def fuzz(seed: int, count: int, kind: str, show: int = 20, **fixed: str | None) -> Tally:
-    """Runs `count` cases and prints each failure with the seed that draws it. `fixed`: idiom, spelling, only."""
-    tally, start, shown = Tally(), time.perf_counter(), 0
+def fuzz(seed: int, count: int, kind: str, show: int = 20, drawings: int = 1, **fixed: str | None) -> Tally:
+    """Runs `count` programs, each with several drawings of values, and prints each failure with the seed that draws it.
+
+    `fixed`: idiom, spelling, only.
+    """
+    tally, shown = Tally(), 0
     for first in range(seed, seed + count, BATCH):
         seeds = range(first, min(first + BATCH, seed + count))
-        for number, verdict in zip(seeds, judge(seeds, kind, **fixed), strict=True):
+        for number, verdict in zip([*seeds] * drawings, judge(seeds, kind, drawings, **fixed), strict=True):
             tally.add(verdict)
             if verdict.failure:
                 shown += 1
                 if shown <= show:
                     print(f"FAIL --kind {kind} --seed {number} --cases 1: {verdict.failure}: {verdict.detail}")
                     print(f"     {verdict.case}", flush=True)
-        if first == seed:
+        if (first - seed) % (BATCH * 8) == 0:
             gc.collect()
-            gc.freeze()
-        elif (first - seed) % (BATCH * 8) == 0:
-            gc.collect()
-        if (first - seed) % (BATCH * 100) == BATCH * 99:
-            print(
-                f"{tally.cases} cases, {time.perf_counter() - start:.0f} s, {dict(tally.failures)}",
-                flush=True,
-            )
+    return tally
+
+
+def spread(seed: int, count: int, jobs: int, work: Callable[[int, int], Tally]) -> Tally:
+    """The same in short-lived processes: Dynamo's caches grow with every graph, and never shrink."""
+    tally, start = Tally(), time.perf_counter()
+    chunks = [(first, min(CHUNK, seed + count - first)) for first in range(seed, seed + count, CHUNK)]
+    gc.freeze()
+    for i in range(0, len(chunks), jobs):
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+            for part in pool.map(work, *zip(*chunks[i : i + jobs], strict=True)):
+                tally.merge(part)
+        print(f"{tally.cases} cases, {time.perf_counter() - start:.0f} s, {dict(tally.failures)}", flush=True)
     return tally
 
 
 def judge(
     seeds: Sequence[int],
     kind: str,
+    drawings: int = 1,
     idiom: str | None = None,
     spelling: str | None = None,
     only: str | None = None,
@@ -324,12 +286,12 @@ def judge(
         return [draw(Random(f"{number}"), kind, idiom, spelling, only) for number in seeds]
 
     try:
-        return run_batch(drawn(), dynamic=seeds[0] // BATCH % 8 == 5)
+        return run_batch(drawn(), seeds[0] // BATCH % 8 == 5, drawings)
     except Exception as error:  # noqa: BLE001  a failure to compile is a finding
         text = "".join(traceback.format_exception_only(error)).strip()[:600]
         if len(seeds) == 1:
-            return [Verdict(drawn()[0], [], "error", text)]
-        alone = [verdict for number in seeds for verdict in judge([number], kind, idiom, spelling, only)]
+            return [Verdict(drawn()[0], [], "error", text) for _ in range(drawings)]
+        alone = [verdict for number in seeds for verdict in judge([number], kind, drawings, idiom, spelling, only)]
         if not any(v.failure == "error" for v in alone):
             alone[0].failure, alone[0].detail = (
                 "error",
@@ -347,11 +309,14 @@ def main() -> int:
     for name in ("idiom", "spelling", "only"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--show", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--drawings", type=int, default=1, help="of values for each program; --cases counts programs")
     a = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
     start = time.perf_counter()
-    tally = fuzz(a.seed, a.cases, a.kind, a.show, idiom=a.idiom, spelling=a.spelling, only=a.only)
+    fixed = {"drawings": a.drawings, "idiom": a.idiom, "spelling": a.spelling, "only": a.only}
+    tally = spread(a.seed, a.cases, a.jobs, functools.partial(fuzz, kind=a.kind, show=a.show, **fixed))
     print(tally)
     print(f"{a.kind} from seed {a.seed}: {1000 * (time.perf_counter() - start) / a.cases:.0f} s per 1000 cases")
     return bool(tally.failures)

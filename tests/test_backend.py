@@ -67,9 +67,7 @@ def _codes_in_place(m: nn.Sequential) -> None:
 
 
 def _load(m: nn.Sequential) -> None:
-    m.load_state_dict(
-        nn.Sequential(Dequant(64, 128, seed=7), nn.ReLU(), Dequant(32, 64, seed=8)).state_dict()
-    )
+    m.load_state_dict(nn.Sequential(Dequant(64, 128, seed=7), nn.ReLU(), Dequant(32, 64, seed=8)).state_dict())
 
 
 def _load_assign(m: nn.Sequential) -> None:
@@ -243,9 +241,7 @@ def test_autocast_and_half_precision(dtype):
     with torch.no_grad():
         wanted, got = model(x.to(dtype)), compiled(model)(x.to(dtype))
     assert got.dtype == wanted.dtype
-    assert torch.allclose(
-        got.float(), wanted.float(), rtol=0.05, atol=0.05 * float(wanted.float().abs().max())
-    )
+    assert torch.allclose(got.float(), wanted.float(), rtol=0.05, atol=0.05 * float(wanted.float().abs().max()))
 
 
 def test_a_float_model_is_exactly_inductors():

@@ -27,7 +27,9 @@ FORMS = [
 KERNELS = [(kernel.name, layout) for kernel in registry.discover().values() for layout in kernel.layouts]
 
 
-def random_weight(random: Random, n: int, k: int, group: int, form: str, zero: str, bits: int, device: torch.device | str) -> QWeight:
+def random_weight(
+    random: Random, n: int, k: int, group: int, form: str, zero: str, bits: int, device: torch.device | str
+) -> QWeight:
     """A weight with every code of its format present where it is large enough."""
     scale_dtype = random.choice(tuple(SCALE_DTYPES))
     format = Format(form, bits, group, zero, scale_dtype)
