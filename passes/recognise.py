@@ -277,7 +277,8 @@ class Recogniser:
             return name, qweight, proof
         # The most telling refusal: one about groups or a proof says more than "too many levels".
         nearest = next((r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS), refusals[-1])
-        self._refused.add(key)
+        if refusals[-1][1].reason == Reason.TOO_MANY_LEVELS:
+            self._refused.add(key)
         misses.append(NearMiss(nearest[0], nearest[1].reason, nearest[1].at))
         raise nearest[1]
 

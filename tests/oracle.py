@@ -1,4 +1,4 @@
-"""What a case means, in float64, and whether a result is within the roundings that the program and a kernel may make."""
+"""What a case means, in float64, and whether a result is within the roundings that program and kernel may make."""
 
 from __future__ import annotations
 
