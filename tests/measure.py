@@ -19,7 +19,7 @@ from torch import nn
 
 from lqcompile import backend
 from lqcompile.passes import pipeline
-from tests.test_backend import Dequant
+from tests.models import Dequant
 
 DIM, HIDDEN, BLOCKS = 256, 512, 8
 

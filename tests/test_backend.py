@@ -18,27 +18,7 @@ from lqcompile import backend
 from lqcompile.errors import ArgumentError
 from lqcompile.passes import pipeline
 
-
-class Dequant(nn.Module):
-    """A 4-bit linear layer as anyone might write it: two codes a byte, a scale and a zero point a group."""
-
-    def __init__(self, n: int, k: int, group: int = 32, seed: int = 0) -> None:
-        super().__init__()
-        g = torch.Generator().manual_seed(seed)
-        self.n, self.group = n, group
-        self.register_buffer("q", torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=g))
-        self.scale = nn.Parameter(torch.rand(n, k // group, 1, generator=g) * 0.1 + 0.01, requires_grad=False)
-        self.register_buffer("zero", torch.randint(0, 16, (n, k // group, 1), dtype=torch.uint8, generator=g))
-        self.bias = nn.Parameter(torch.randn(n, generator=g))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes = torch.stack([self.q & 15, self.q >> 4], -1).view(self.n, -1, self.group)
-        w = (codes.float() - self.zero.float()) * self.scale
-        return F.linear(x, w.view(self.n, -1).to(x.dtype), self.bias.to(x.dtype))
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(Dequant(64, 128, seed=1), nn.ReLU(), Dequant(32, 64, seed=2)).eval()
+from .models import Dequant, mlp
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +86,8 @@ def _wider(m: nn.Sequential) -> None:
 
 
 CHANGES = (
-    _in_place, _codes_in_place, _load, _load_assign, _data, _parameter, _same_memory, _buffer, _submodule, _view, _wider,
+    _in_place, _codes_in_place, _load, _load_assign, _data, _parameter, _same_memory, _buffer, _submodule, _view,
+    _wider,
 )  # fmt: skip
 
 
@@ -307,7 +288,7 @@ def test_a_failure_of_ours_leaves_the_graph_as_it_was(monkeypatch):
         assert {d.reason for d in report.decisions} == {lqcompile.Reason.PASS_FAILED}
         assert report.warnings
         torch._dynamo.reset()
-        with pytest.raises(Exception, match="StrictError|seeded"):
+        with pytest.raises(Exception, match=r"StrictError|seeded"):
             compiled(model)(x)
 
 
@@ -400,3 +381,18 @@ def test_the_users_tensors_are_untouched():
         assert torch.equal(t, value)
         assert t._version == version
         assert not [k for k in vars(t) if "lq" in k]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_device_mode_and_dtype(device, mode, dtype):
+    model = mlp().to(device)
+    with torch.no_grad():
+        f = torch.compile(model, backend="lq", mode=mode)
+        for m in (5, 5, 1, 9):
+            x = torch.randn(m, 128, device=device, dtype=dtype)
+            for change in (None, _in_place, _load):
+                if change is not None:
+                    change(model)
+                got, wanted = f(x).clone().float(), model(x).float()
+                assert bool((got - wanted).abs().max() <= 0.02 * wanted.abs().max())

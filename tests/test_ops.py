@@ -1,4 +1,4 @@
-"""Every kernel x every format it accepts x drawn shapes: numbers within the bound, checks, gradients, opcheck, lowering."""
+"""Every kernel x every format it accepts x drawn shapes: the bound, argument checks, gradients, opcheck, lowering."""
 
 from __future__ import annotations
 
