@@ -19,7 +19,6 @@ def result(**changed):
         "matmuls": 36,
         "rewritten": 36,
         "bytes_float32": 42_500_000,
-        "bytes_quantized": 6_100_000,
         "bytes_packed": 6_100_000,
         "cosine_to_fp32": 0.99,
         "difference_to_eager": 1e-6,

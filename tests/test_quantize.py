@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_formats import CASES, SEEDS, formats, make, same
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -21,6 +20,8 @@ from lqcompile.errors import ArgumentError
 from lqcompile.formats import UNIT_ROUNDOFF, dequantize, dequantize_grouped, validate
 from lqcompile.quantize import NF4_LEVELS, QuantLinear, bcq, bcq_rounds, nf4, quantize, rtn
 from lqcompile.types import SCALE_DTYPES, Format, QWeight
+
+from .test_formats import CASES, SEEDS, formats, make, same
 
 DTYPES = list(SCALE_DTYPES.values())
 QUANTIZERS = {

@@ -216,7 +216,7 @@ def test_the_users_tensors_are_untouched():
 
 
 def test_decisions_name_the_users_code():
-    (verdict,) = judge([1], "dressings", "affine", "linear")
+    (verdict,) = judge([1], "dressings", idiom="affine", spelling="linear")
     assert {d.where.op for d in verdict.decisions} == {"linear"}
     assert all(d.where.file.endswith("spellings.py") and "F.linear" in d.where.code for d in verdict.decisions)
 
