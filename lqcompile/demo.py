@@ -131,14 +131,14 @@ def demo(quantizer: str = "all", json_path: Path | None = None) -> int:
             model, fast, results[name], reports[name] = _one(name, fp32, inputs, truth)
             left = SECONDS - 8 - (time.perf_counter() - START)
             if unit * COMPILE_COST[name] < left:
-                _race(results[name], model, fast, inputs, "the whole model")
+                _race(results[name], model, fast, inputs, "whole model")
                 unit = max(unit, (results[name].default_compile_seconds or 0.0) / COMPILE_COST[name])
             elif unit * COMPILE_COST[name] / 2 < left:
                 # The default compiles one layer in about half the time of six, which share their kernels.
                 layer: Any = next(m for n, m in model.named_modules() if n.endswith("layer.0"))
                 hidden = torch.randn(*inputs[0].shape, truth.shape[-1])
                 fast = torch.compile(layer, backend="lq", dynamic=False)
-                _race(results[name], layer, fast, (hidden,), "one layer of six")
+                _race(results[name], layer, fast, (hidden,), "1 of 6 layers")
             else:
                 say(f"{name}: no time left for default torch.compile; lq demo --quantizer {name} compares")
     print(table(results))
@@ -253,7 +253,7 @@ def _one(
 def _race(
     result: Result, model: nn.Module, fast: Callable[..., Any], inputs: tuple[torch.Tensor, ...], what: str
 ) -> None:
-    say(f"{result.quantizer}: default torch.compile of {what}, for comparison ...")
+    say(f"{result.quantizer}: default torch.compile of the {what}, for comparison ...")
     result.timed = what
     start = time.perf_counter()
     default = torch.compile(model, dynamic=False)

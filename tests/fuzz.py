@@ -120,8 +120,10 @@ def run_batch(cases: Sequence[Case], dynamic: bool = False, drawings: int = 1) -
 def _shuffle(case: Case, seed: int) -> None:
     """Other values for a case: those of each stored tensor, at other places in it."""
     generator = torch.Generator().manual_seed(seed)
-    for t in case.tensors.values():
-        t.copy_(t.flatten()[torch.randperm(t.numel(), generator=generator)].view(t.shape))
+    for name, t in case.tensors.items():
+        # Packed group indices, shuffled bit by bit, would make groups of unequal size.
+        if not name.startswith("g_idx"):
+            t.copy_(t.flatten()[torch.randperm(t.numel(), generator=generator)].view(t.shape))
 
 
 def _one_drawing(
