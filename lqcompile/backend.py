@@ -27,7 +27,7 @@ from .passes.evaluate import undisturbed
 from .passes.lower import copy_module
 from .passes.pipeline import Outcome
 from .passes.plan import Packed
-from .passes.recognise import Recovered
+from .passes.prove import Recovered
 from .report import PassRecord, Report
 
 _LIVE: weakref.WeakSet[Compiled] = weakref.WeakSet()
@@ -71,16 +71,23 @@ def _compile(module: fx.GraphModule, inputs: Sequence[Any], config: Config, outc
     ops.register_lowerings()
     patches = {**config.inductor, "post_grad_custom_pre_pass": _Fingerprint(config)}
     lowered = outcome.lowered
-    if lowered is None:
-        plain: Any = compile_fx(copy_module(module)[0], list(inputs), config_patches=patches)
-        return plain
-    # Held until compiled, as the mode only remembers them weakly: with dynamic=True the sizes of packed tensors would
-    # become symbols, and one of them equal to M by chance.
-    fakes = _static_fakes(lowered.packed)
-    taken = [*lowered.packed, *(inputs[i] for i in lowered.kept)]
-    compiled: Any = compile_fx(lowered.module, taken, config_patches=patches)
-    del fakes
-    return Compiled(module, inputs, config, outcome, compiled)
+    if lowered is not None:
+        # Held until compiled, as the mode only remembers them weakly: with dynamic=True the sizes of packed tensors
+        # would become symbols, and one of them equal to M by chance.
+        fakes = _static_fakes(lowered.packed)
+        taken = [*lowered.packed, *(inputs[i] for i in lowered.kept)]
+        try:
+            compiled: Any = compile_fx(lowered.module, taken, config_patches=patches)
+            # A bound method: Dynamo copies the attributes of an object that it wraps, and would keep old weights alive.
+            return Compiled(module, inputs, config, outcome, compiled).__call__
+        except Exception as error:
+            if config.strict:
+                raise
+            warnings.warn(f"lqcompile left a graph to Inductor: {type(error).__name__}: {error}", stacklevel=3)
+        finally:
+            del fakes
+    plain: Any = compile_fx(copy_module(module)[0], list(inputs), config_patches=patches)
+    return plain
 
 
 def _static_fakes(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -145,7 +152,7 @@ class Compiled:
         for plan in outcome.plans:
             where = [self._place.get(n, -1) for n in plan.match.source_nodes]
             plans[id(plan.match.recovered)] = (plan.match.recovered, where, plan.packed)
-        self._plans = tuple(plans.values())
+        self._plans = list(plans.values())
         self._sources = _getter(sorted({i for _, where, _ in self._plans for i in where if i >= 0}))
         self._snapshot: Snapshot | None = Snapshot(self._sources(inputs))
 
@@ -159,10 +166,14 @@ class Compiled:
         """Packs again what has changed, in place. Weights that no longer fit their format are planned anew."""
         try:
             with undisturbed():
-                fits = all(_update(args, *plan) for plan in self._plans)
+                updated = [_update(args, *plan) for plan in self._plans]
+            fits = all(recovered is not None for recovered in updated)
         except Refused:
             fits = False
         if fits:
+            # The fresh ones hold the new tensors, so that the old may be freed.
+            renewed = zip(updated, self._plans, strict=True)
+            self._plans = [(new or old, where, packed) for new, (old, where, packed) in renewed]
             self._snapshot = Snapshot(self._sources(args))
             return
         outcome = pipeline.run(self._module, args, self._config)
@@ -177,10 +188,14 @@ class Compiled:
         self._snapshot = None
 
 
-def _update(args: tuple[Any, ...], recovered: Recovered, where: list[int], packed: tuple[Packed, ...]) -> bool:
+def _update(
+    args: tuple[Any, ...], recovered: Recovered, where: list[int], packed: tuple[Packed, ...]
+) -> Recovered | None:
+    """Packs what `args` hold now into the same tensors; None if it does not fit. Raises Refused."""
     sources = [args[i] if i >= 0 else old for i, old in zip(where, recovered.sources, strict=True)]
-    weights = recovered.again(sources).weights
-    return len(weights) == len(packed) and all(p.update(w) for p, w in zip(packed, weights, strict=True))
+    fresh = recovered.again(sources)
+    fits = all(p.update(w) for p, w in zip(packed, fresh.weights, strict=True))
+    return fresh if fits else None
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -66,9 +66,9 @@ def _run(
 ) -> None:
     try:
         constants = outcome.constants = Constants(module.graph, values)
-        recogniser = Recogniser(module, constants)
+        recogniser = Recogniser(module, constants, config.strict)
         found += _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
-        outcome.analysed = recogniser.analysed
+        outcome.analysed = recogniser.reader.analysed
         plans, refused = _timed(outcome, "plan", lambda: _plan(found), lambda p: len(p[0]))
         while plans and outcome.lowered is None:
             _lower(outcome, module, constants, plans, refused, config.strict)

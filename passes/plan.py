@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .. import cost
 from ..device import Device
@@ -19,7 +19,8 @@ from ..kernels.layout import LAYOUTS
 from ..kernels.registry import Call
 from ..types import Candidate, Format, Piece, Problem, QWeight
 from .constants import fake_value
-from .recognise import Match, Recovered
+from .prove import Recovered
+from .recognise import Match
 
 
 @dataclass(eq=False)
@@ -145,8 +146,3 @@ def _rows(match: Match, x: Tensor) -> tuple[sympy.Expr, tuple[int, int | None]]:
     low = max(1, int(bounds.lower)) if bounds.lower.is_finite else 1
     finite = bounds.upper.is_finite and bounds.upper < 1 << 31
     return expression, (low, max(low, int(bounds.upper)) if finite else None)
-
-
-def sources_of(match: Match, values: dict[fx.Node, Tensor]) -> tuple[Tensor, ...]:
-    """The real tensors that a match's weight was made of."""
-    return tuple(values[node] for node in match.source_nodes)

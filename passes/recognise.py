@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,29 +15,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import formats
 from ..errors import Reason, Refused
-from ..formats import UNIT_ROUNDOFF, dequantize, validate
-from ..types import NearMiss, QWeight, Where
-from . import idioms
+from ..types import NearMiss, Where
 from .canonicalize import Contraction, Roles, contraction, roles
 from .constants import Constants, Slice, fake_value, run
-from .evaluate import FP8, Weight, evaluate, identity
+from .evaluate import FP8, evaluate, identity
+from .prove import Reader, Recovered
 
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOW_BIT = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, *FP8)
 _ROUNDERS = {"round", "floor", "trunc", "ceil", "clamp", "quantize", "sign"}
 _EYE_FORMS = {"linear", "matmul", "mm"}
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """One weight operand understood: a QWeight for each place of the batch, proved against the tensors in `sources`."""
-
-    weights: tuple[QWeight, ...]
-    rule: str
-    proof: str
-    sources: tuple[Tensor, ...]
-    again: Callable[[Sequence[Tensor]], Recovered]
-    key: str
 
 
 @dataclass(frozen=True)
@@ -68,17 +54,13 @@ class Kept:
 
 @dataclass
 class Recogniser:
-    """Recognises the matmuls of one graph.
-
-    `rules` remembers, by structure, which idiom read a slice: equal ones try it first. `analysed` counts the others.
-    """
+    """Recognises the matmuls of one graph. In strict mode a failure of ours is raised, else it keeps that matmul."""
 
     module: fx.GraphModule
     constants: Constants
-    rules: dict[str, str] = field(default_factory=dict)
-    analysed: int = 0
+    strict: bool = False
+    reader: Reader = field(default_factory=Reader)
     _seen: dict[Any, Recovered | Refused] = field(default_factory=dict)
-    _refused: set[str] = field(default_factory=set)
 
     def run(self) -> list[Match | Kept]:
         """A verdict for every matmul between an activation and something, in program order."""
@@ -100,6 +82,11 @@ class Recogniser:
         except Refused as refusal:
             near = tuple(misses) or (NearMiss("", refusal.reason, refusal.at),)
             return Kept(where(node), node, refusal.reason, near)
+        except Exception as error:
+            if self.strict:
+                raise
+            what = f"{type(error).__name__}: {error}"[:200]
+            return Kept(where(node), node, Reason.PASS_FAILED, (NearMiss("", Reason.PASS_FAILED, what),))
 
     def _match(self, c: Contraction, misses: list[NearMiss]) -> Match:
         w = c.a if c.a in self.constants else c.b
@@ -189,12 +176,12 @@ class Recogniser:
         known = (key, nodes, (c.node.target, fake_value(x).dtype) if through else None)
         seen = self._seen.get(known)
         if seen is None:
-            compute = self._computation(c, r, w, cut, scalings)
+            compute, reader = self._computation(c, r, w, cut, scalings), self.reader
             width, x_dtype = _size(dict(zip(r.w_labels, fake_value(w).shape, strict=True)), r.k), fake_value(x).dtype
 
             def recover(sources: Sequence[Tensor]) -> Recovered:
                 probe = identity(width, x_dtype, sources[0].device) if through else None
-                return self._read(evaluate(compute, sources, probe), sources, key, misses, recover)
+                return reader.read(evaluate(compute, sources, probe), sources, key, misses, recover)
 
             try:
                 seen = recover([self.constants.values[n] for n in nodes])
@@ -236,72 +223,6 @@ class Recogniser:
             return [weight.select(0, i) for i in range(shape[0])]
 
         return compute
-
-    def _read(
-        self, weights: Sequence[Weight], sources: Sequence[Tensor], key: str, misses: list[NearMiss],
-        again: Callable[[Sequence[Tensor]], Recovered],
-    ) -> Recovered:  # fmt: skip
-        found, proofs, rule = [], [], ""
-        for weight in weights:
-            if not bool(torch.isfinite(weight.native).all()) or not bool(torch.isfinite(weight.shadow).all()):
-                raise Refused(Reason.NON_FINITE, "weight")
-        for weight in weights:
-            if not weight.lowbit:
-                raise Refused(Reason.NOT_QUANTIZED, "no value comes from low-bit data")
-            rule, qweight, proof = self._first(weight, key, misses)
-            found.append(qweight)
-            proofs.append(proof)
-        worst = next((p for p in proofs if p != "bit_exact"), "bit_exact")
-        return Recovered(tuple(found), rule, worst, tuple(sources), again, key)
-
-    def _first(self, weight: Weight, key: str, misses: list[NearMiss]) -> tuple[str, QWeight, str]:
-        """The first idiom that reads the weight and is proved."""
-        every = idioms.discover()
-        known = self.rules.get(key)
-        if known is None:
-            self.analysed += 1
-        order: list[ModuleType] = sorted(every, key=lambda module: idioms.name_of(module) != known)
-        if key in self._refused:
-            # The values of an equal slice gave nothing; to search these too would take seconds a layer.
-            order = [module for module in order if idioms.name_of(module) != "by_value"]
-        refusals: list[tuple[str, Refused]] = []
-        for idiom in order:
-            name = idioms.name_of(idiom)
-            try:
-                qweight = validate(idiom.read(weight))
-                proof = prove(qweight, weight)
-            except Refused as refusal:
-                refusals.append((name, refusal))
-                continue
-            self.rules[key] = name
-            return name, qweight, proof
-        # The most telling refusal: one about groups or a proof says more than "too many levels".
-        nearest = next((r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS), refusals[-1])
-        if refusals[-1][1].reason == Reason.TOO_MANY_LEVELS:
-            self._refused.add(key)
-        misses.append(NearMiss(nearest[0], nearest[1].reason, nearest[1].at))
-        raise nearest[1]
-
-
-def prove(qweight: QWeight, weight: Weight) -> str:
-    """Returns "bit_exact" if codes, scales and zeros give the exact weight in float64, "float64_rounding" if they do up
-    to the last bits of float64 itself; raises Refused otherwise, or if eager's weight is not a rounding of it."""
-    exact = weight.shadow
-    rebuilt = dequantize(qweight, torch.float64)
-    size = exact.abs()
-    for term in weight.form.terms:
-        size = size + (term.coef * term.values()).abs()
-    if weight.form.terms:
-        size = size + weight.form.offset.abs()
-    difference = (rebuilt - exact).abs_()
-    if bool((difference > 2.0**-48 * size).any()):
-        raise Refused(Reason.PROOF_FAILED, f"off by {float(difference.max()):.3g}")
-    # A dozen roundings of the coarsest dtype that eager computes in, and its subnormals.
-    rounding = 12 * weight.roundoff * (size if weight.form.terms else size.amax(-1, keepdim=True))
-    tiny = 2.0**-24 if weight.roundoff > UNIT_ROUNDOFF[torch.float32] else 2.0**-126
-    if bool(((weight.native.to(torch.float64) - exact).abs() > rounding + tiny).any()):
-        raise Refused(Reason.EAGER_DIFFERS, str(weight.native.dtype))
-    return "float64_rounding" if bool(difference.any()) else "bit_exact"
 
 
 def _size(sizes: dict[str, Any], labels: Sequence[str]) -> int:

@@ -121,8 +121,8 @@ def _shuffle(case: Case, seed: int) -> None:
     """Other values for a case: those of each stored tensor, at other places in it."""
     generator = torch.Generator().manual_seed(seed)
     for name, t in case.tensors.items():
-        # Packed group indices, shuffled bit by bit, would make groups of unequal size.
-        if not name.startswith("g_idx"):
+        # Shuffled bit by bit, group indices would make unequal groups, and signs other numbers.
+        if not name.startswith("g_idx") and name != "signs_planes":
             t.copy_(t.flatten()[torch.randperm(t.numel(), generator=generator)].view(t.shape))
 
 

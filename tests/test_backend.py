@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -290,6 +292,38 @@ def test_a_failure_of_ours_leaves_the_graph_as_it_was(monkeypatch):
         torch._dynamo.reset()
         with pytest.raises(Exception, match=r"StrictError|seeded"):
             compiled(model)(x)
+
+
+def test_a_failure_to_compile_the_lowered_graph_falls_back(monkeypatch):
+    from torch._inductor import compile_fx
+
+    real = compile_fx.compile_fx
+
+    def fails_on_ours(module, *args, **kwargs):
+        if "lq_packed" in module.code:
+            raise RuntimeError("seeded")
+        return real(module, *args, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", fails_on_ours)
+    model, x = mlp(), torch.randn(5, 128)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="seeded"):
+            assert close(torch.compile(model, backend="lq")(x), model(x))
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="seeded"):
+            compiled(model)(x)
+
+
+def test_replaced_weights_are_let_go():
+    model, x = mlp(), torch.randn(5, 128)
+    with torch.no_grad():
+        f = compiled(model)
+        f(x)
+        old = weakref.ref(model[0].scale)
+        _parameter(model)
+        f(x)
+    gc.collect()
+    assert old() is None
 
 
 def _cache_counts(model: nn.Module, x: torch.Tensor, **options) -> tuple[int, int, int]:

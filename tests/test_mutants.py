@@ -11,7 +11,7 @@ from lqcompile.backend import Compiled
 from lqcompile.config import Config
 from lqcompile.freshness import Snapshot
 from lqcompile.kernels import dense, layout, ops, registry
-from lqcompile.passes import constants, grouping, idioms, lower, pipeline, plan, recognise
+from lqcompile.passes import constants, grouping, idioms, lower, pipeline, plan, prove, recognise
 from lqcompile.passes.canonicalize import SPELLINGS
 
 from .corpus import draw
@@ -34,7 +34,7 @@ def after(patch, owner, name, change):
 
 def trusting(patch):
     """A prover and a verifier that accept anything, so that only an oracle is left."""
-    patch.setattr(recognise, "prove", lambda q, w: "bit_exact")
+    patch.setattr(prove, "prove", lambda q, w: "bit_exact")
     patch.setattr(pipeline, "verify", lambda *a: None)
 
 

@@ -1,0 +1,113 @@
+"""From an evaluated weight to a QWeight that is proved to be it: the idioms read, and none is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, Reason, Refused
+from ..formats import UNIT_ROUNDOFF, dequantize, validate
+from ..types import NearMiss, QWeight
+from . import idioms
+from .evaluate import Weight
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """One weight operand understood: a QWeight for each place of the batch, proved against the tensors in `sources`.
+
+    `again` does the same for other tensors in their place; it raises Refused.
+    """
+
+    weights: tuple[QWeight, ...]
+    rule: str
+    proof: str
+    sources: tuple[Tensor, ...]
+    again: Callable[[Sequence[Tensor]], Recovered]
+    key: str
+
+
+@dataclass
+class Reader:
+    """Asks the idioms. Slices of equal structure, by `key`, first try the one that read the first of them.
+
+    `analysed` counts the structures. Holds no tensor: what it makes may outlive the graph.
+    """
+
+    analysed: int = 0
+    _rules: dict[str, str] = field(default_factory=dict)
+    _hopeless: set[str] = field(default_factory=set)
+
+    def read(
+        self, weights: Sequence[Weight], sources: Sequence[Tensor], key: str, misses: list[NearMiss],
+        again: Callable[[Sequence[Tensor]], Recovered],
+    ) -> Recovered:  # fmt: skip
+        """Reads and proves each of `weights`. Raises Refused, with the nearest miss added to `misses`."""
+        for weight in weights:
+            if not bool(torch.isfinite(weight.native).all()) or not bool(torch.isfinite(weight.shadow).all()):
+                raise Refused(Reason.NON_FINITE, "weight")
+        found, proofs, rule = [], [], ""
+        for weight in weights:
+            if not weight.lowbit:
+                raise Refused(Reason.NOT_QUANTIZED, "no value comes from low-bit data")
+            rule, qweight, proof = self._first(weight, key, misses)
+            found.append(qweight)
+            proofs.append(proof)
+        worst = next((p for p in proofs if p != "bit_exact"), "bit_exact")
+        return Recovered(tuple(found), rule, worst, tuple(sources), again, key)
+
+    def _first(self, weight: Weight, key: str, misses: list[NearMiss]) -> tuple[str, QWeight, str]:
+        known = self._rules.get(key)
+        if known is None:
+            self.analysed += 1
+        order: list[ModuleType] = sorted(idioms.discover(), key=lambda module: idioms.name_of(module) != known)
+        if key in self._hopeless:
+            # The values of an equal slice gave nothing; to search these too would take seconds a layer.
+            order = [module for module in order if idioms.name_of(module) != "by_value"]
+        refusals: list[tuple[str, Refused]] = []
+        for idiom in order:
+            name = idioms.name_of(idiom)
+            try:
+                qweight = validate(idiom.read(weight))
+                proof = prove(qweight, weight)
+            except ArgumentError as error:
+                refusals.append((name, Refused(Reason.PROOF_FAILED, str(error)[:200])))
+            except Refused as refusal:
+                refusals.append((name, refusal))
+            else:
+                self._rules[key] = name
+                return name, qweight, proof
+        # The most telling refusal: one about groups or a proof says more than "too many levels".
+        nearest = next((r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS), refusals[-1])
+        if refusals[-1][1].reason == Reason.TOO_MANY_LEVELS:
+            self._hopeless.add(key)
+        misses.append(NearMiss(nearest[0], nearest[1].reason, nearest[1].at))
+        raise nearest[1]
+
+
+def prove(qweight: QWeight, weight: Weight) -> str:
+    """Whether codes, scales and zeros are the weight.
+
+    "bit_exact": they give the exact weight in float64. "float64_rounding": they do up to the last bits of float64
+    itself. Raises Refused otherwise, or where eager's own weight is no rounding of the exact one.
+    """
+    exact = weight.shadow
+    rebuilt = dequantize(qweight, torch.float64)
+    size = exact.abs()
+    for term in weight.form.terms:
+        size = size + (term.coef * term.values()).abs()
+    if weight.form.terms:
+        size = size + weight.form.offset.abs()
+    difference = (rebuilt - exact).abs_()
+    if bool((difference > 2.0**-48 * size).any()):
+        raise Refused(Reason.PROOF_FAILED, f"off by {float(difference.max()):.3g}")
+    # A dozen roundings of the coarsest dtype that eager computes in, and its subnormals.
+    rounding = 12 * weight.roundoff * (size if weight.form.terms else size.amax(-1, keepdim=True))
+    tiny = 2.0**-24 if weight.roundoff > UNIT_ROUNDOFF[torch.float32] else 2.0**-126
+    if bool(((weight.native.to(torch.float64) - exact).abs() > rounding + tiny).any()):
+        raise Refused(Reason.EAGER_DIFFERS, str(weight.native.dtype))
+    return "float64_rounding" if bool(difference.any()) else "bit_exact"
