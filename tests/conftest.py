@@ -5,6 +5,7 @@ import os
 import hypothesis
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
@@ -17,3 +18,12 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 def device(request) -> torch.device:
     """Each device in turn; CUDA is skipped where there is none."""
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """No compiled code, no counts from another test."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -27,3 +27,13 @@ class Dequant(nn.Module):
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(Dequant(64, 128, seed=1), nn.ReLU(), Dequant(32, 64, seed=2)).eval()
+
+
+def compiled(model: nn.Module, **options):
+    """`model` compiled for "lq", in strict mode."""
+    return torch.compile(model, backend="lq", options={"strict": True, **options})
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two float32 results agree."""
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import pickle
-import warnings
-import weakref
 
 import pytest
 import torch
@@ -20,130 +17,8 @@ from lqcompile import backend
 from lqcompile.errors import ArgumentError
 from lqcompile.passes import pipeline
 
-from .models import Dequant, mlp
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled(model: nn.Module, **options):
-    return torch.compile(model, backend="lq", options={"strict": True, **options})
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def _in_place(m: nn.Sequential) -> None:
-    with torch.no_grad():
-        m[0].scale.mul_(1.7)
-
-
-def _codes_in_place(m: nn.Sequential) -> None:
-    m[2].q.bitwise_xor_(3)
-
-
-def _load(m: nn.Sequential) -> None:
-    m.load_state_dict(nn.Sequential(Dequant(64, 128, seed=7), nn.ReLU(), Dequant(32, 64, seed=8)).state_dict())
-
-
-def _load_assign(m: nn.Sequential) -> None:
-    other = nn.Sequential(Dequant(64, 128, seed=9), nn.ReLU(), Dequant(32, 64, seed=10))
-    m.load_state_dict(other.state_dict(), assign=True)
-
-
-def _data(m: nn.Sequential) -> None:
-    m[0].scale.data = m[0].scale.data * 3
-
-
-def _parameter(m: nn.Sequential) -> None:
-    m[0].scale = nn.Parameter(m[0].scale * 0.3, requires_grad=False)
-
-
-def _same_memory(m: nn.Sequential) -> None:
-    m[0].scale = nn.Parameter(m[0].scale.data.mul_(0.3), requires_grad=False)
-
-
-def _buffer(m: nn.Sequential) -> None:
-    m[2].zero = (m[2].zero + 1) % 16
-
-
-def _submodule(m: nn.Sequential) -> None:
-    m[0] = Dequant(64, 128, seed=11).eval()
-
-
-def _view(m: nn.Sequential) -> None:
-    m[0].q[3].fill_(0x37)
-
-
-def _wider(m: nn.Sequential) -> None:
-    with torch.no_grad():
-        m[0].scale.copy_(torch.rand_like(m[0].scale) / 3)
-    m[0].zero.fill_(77)
-
-
-CHANGES = (
-    _in_place, _codes_in_place, _load, _load_assign, _data, _parameter, _same_memory, _buffer, _submodule, _view,
-    _wider,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("_"))
-@pytest.mark.parametrize("native", [False, True], ids=["python", "native"])
-def test_new_weights_are_used_on_the_next_call(change, native, monkeypatch):
-    monkeypatch.setattr("lqcompile.freshness.WORTH_COMPILING", 1 if native else 1 << 30)
-    model, x = mlp(), torch.randn(5, 128)
-    with torch.no_grad():
-        f = compiled(model)
-        assert close(f(x), model(x))
-        before = f(x)
-        change(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            after = f(x)
-        assert close(after, model(x))
-        assert not close(after, before)
-        assert close(f(x), model(x))
-
-
-def test_repacking_keeps_the_compiled_graph():
-    model, x = mlp(), torch.randn(5, 128)
-    with torch.no_grad():
-        f = compiled(model)
-        f(x)
-        count = counters["stats"]["unique_graphs"]
-        _load(model)
-        f(x)
-    assert counters["stats"]["unique_graphs"] == count == 1
-
-
-def test_changes_that_leave_no_trace_need_refresh():
-    model, x = mlp(), torch.randn(5, 128)
-    with torch.no_grad():
-        f = compiled(model)
-        f(x)
-        model[0].scale.data.mul_(2)
-        lqcompile.refresh(model)
-        assert close(f(x), model(x))
-        never = compiled(model, check_weights="never")
-        never(x)
-        model[0].scale.mul_(2)
-        lqcompile.refresh()
-        assert close(never(x), model(x))
-
-
-def test_inference_mode():
-    with torch.inference_mode():
-        model, x = mlp(), torch.randn(5, 128)
-        f = compiled(model)
-        assert close(f(x), model(x))
-        model[0].scale = nn.Parameter(model[0].scale * 0.5, requires_grad=False)
-        assert close(f(x), model(x))
+from .models import Dequant, close, compiled, mlp
+from .test_freshness import load_other, scale_in_place
 
 
 def test_one_graph_serves_every_m():
@@ -247,7 +122,7 @@ def test_copies_and_pickles_of_the_model():
         again = pickle.loads(pickle.dumps(model))  # noqa: S301  our own bytes
         for other in (twin, again, copy.deepcopy(f)):
             assert close(compiled(other)(x) if other is not f else other(x), wanted)
-        _in_place(twin)
+        scale_in_place(twin)
         assert close(f(x), wanted)
         buffer = io.BytesIO()
         torch.save(model.state_dict(), buffer)
@@ -312,18 +187,6 @@ def test_a_failure_to_compile_the_lowered_graph_falls_back(monkeypatch):
         torch._dynamo.reset()
         with pytest.raises(Exception, match="seeded"):
             compiled(model)(x)
-
-
-def test_replaced_weights_are_let_go():
-    model, x = mlp(), torch.randn(5, 128)
-    with torch.no_grad():
-        f = compiled(model)
-        f(x)
-        old = weakref.ref(model[0].scale)
-        _parameter(model)
-        f(x)
-    gc.collect()
-    assert old() is None
 
 
 def _cache_counts(model: nn.Module, x: torch.Tensor, **options) -> tuple[int, int, int]:
@@ -425,7 +288,7 @@ def test_every_device_mode_and_dtype(device, mode, dtype):
         f = torch.compile(model, backend="lq", mode=mode)
         for m in (5, 5, 1, 9):
             x = torch.randn(m, 128, device=device, dtype=dtype)
-            for change in (None, _in_place, _load):
+            for change in (None, scale_in_place, load_other):
                 if change is not None:
                     change(model)
                 got, wanted = f(x).clone().float(), model(x).float()
