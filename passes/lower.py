@@ -132,14 +132,17 @@ def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx
     match, r = plan.match, plan.match.roles
     wanted = fake_value(match.output)
     bias = nodes[match.bias] if match.bias is not None else None
-    x = _operand(plan, emit, nodes[match.x], wanted.dtype)
-    c = match.contraction
-    along_n = bias is not None and (c.bias_along_n or (r.y_labels[-1:] == r.n and fake_value(bias).ndim == 1))
-    fuse = along_n and not r.batch and c.alpha == 1 and c.beta == 1 and len(r.n) <= 1
+    x = _operand(plan, emit, nodes[match.x])
+    c, n = match.contraction, plan.packed[0].n
+    plain = not r.batch and c.alpha == 1 and c.beta == 1 and len(r.n) <= 1
     fused = None
-    if fuse and bias is not None:
-        fused = emit("reshape", _cast(emit, bias, wanted.dtype), (plan.packed[0].n,))
-        fuse = fake_value(fused).numel() == plan.packed[0].n
+    if (
+        bias is not None
+        and plain
+        and (c.bias_along_n or r.y_labels[-1:] == r.n)
+        and tuple(fake_value(bias).shape) == (n,)
+    ):
+        fused, bias = _cast(emit, bias, match.dtype), None
     if r.batch:
         rows = [_gemm(plan, p, emit, inputs, emit("select", x, 0, i), None) for i, p in enumerate(plan.packed)]
         y = emit(torch.stack, rows, 0)
@@ -157,14 +160,15 @@ def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx
         y = emit("permute", y, order)
     if c.alpha != 1:
         y = emit(torch.mul, y, c.alpha)
-    if bias is not None and not fuse:
-        bias = _cast(emit, bias, wanted.dtype)
+    # As in eager: beta = 0 means that the bias is not read, NaN or not.
+    if bias is not None and c.beta != 0:
+        bias = _cast(emit, bias, match.dtype)
         y = emit(torch.add, y, bias if c.beta == 1 else emit(torch.mul, bias, c.beta))
-    return _with_strides(emit, y, wanted)
+    return _with_strides(emit, _cast(emit, y, wanted.dtype), wanted)
 
 
-def _operand(plan: Plan, emit: _Emitter, x: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """x as [batch?, m..., k], in the dtype of the result."""
+def _operand(plan: Plan, emit: _Emitter, x: fx.Node) -> fx.Node:
+    """x as [batch?, m..., k], in the dtype that the match is computed in."""
     r = plan.match.roles
     dropped = [i for i, label in enumerate(r.x_labels) if label[-1] == "!"]
     labels = [label for label in r.x_labels if label[-1] != "!"]
@@ -177,7 +181,7 @@ def _operand(plan: Plan, emit: _Emitter, x: fx.Node, dtype: torch.dtype) -> fx.N
         x = emit("flatten", x, -len(r.k), -1)
     if len(r.batch) > 1:
         x = emit("flatten", x, 0, len(r.batch) - 1)
-    return _cast(emit, x, dtype)
+    return _cast(emit, x, plan.match.dtype)
 
 
 def _gemm(plan: Plan, packed: Packed, emit: _Emitter, inputs: _Inputs, x: fx.Node, bias: fx.Node | None) -> fx.Node:

@@ -146,12 +146,11 @@ def _decision(item: Match | Kept, plan: Plan | None, refused: Reason | None) -> 
     if isinstance(item, Kept):
         return Decision(item.where, "kept", reason=item.reason, near_misses=item.near_misses)
     first = item.recovered.weights[0]
-    wanted = fake_value(item.output)
-    problem = {"n": first.n, "k": first.k, "x_dtype": str(wanted.dtype).removeprefix("torch.")}
+    problem = {"n": first.n, "k": first.k, "x_dtype": str(item.dtype).removeprefix("torch.")}
     if plan is None:
         return Decision(item.where, "kept", problem, first.format, reason=refused or Reason.PASS_FAILED)
     problem = {"m": str(plan.m), **problem, "bias": item.bias is not None}
-    before = len(item.recovered.weights) * first.n * first.k * wanted.dtype.itemsize
+    before = len(item.recovered.weights) * first.n * first.k * item.dtype.itemsize
     return Decision(
         where=item.where,
         outcome="rewritten",

@@ -82,8 +82,7 @@ class Planner:
         x = fake_value(match.x)
         m, m_range = _rows(match, x)
         first = match.recovered.weights[0]
-        dtype = fake_value(match.output).dtype
-        problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), first.n, first.k, first.format, dtype, x.device)
+        problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), first.n, first.k, first.format, match.dtype, x.device)
         layout, route, found = _choose(problem, m_range)
         # By identity, kept alive here: equal weights of two layers are two packs.
         key = (id(match.recovered), layout)

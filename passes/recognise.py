@@ -41,6 +41,11 @@ class Match:
     recovered: Recovered
     source_nodes: tuple[fx.Node, ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What to compute in: a scaling after the matmul may be wider than it, or narrower."""
+        return torch.promote_types(fake_value(self.anchor).dtype, fake_value(self.output).dtype)
+
 
 @dataclass(frozen=True)
 class Kept:

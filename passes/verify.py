@@ -56,9 +56,11 @@ def _probe(
         old = {match.x: x, **constants.values}
         new: dict[fx.Node, Any] = {nodes_now[match.x]: x, **dict(zip(packed, lowered.packed, strict=False))}
         if match.bias is not None:
-            bias = constants.values.get(match.bias)
+            bias, shape = constants.values.get(match.bias), _bias_shape(plan)
             if bias is None:
-                bias = _random(_bias_shape(plan), fake_value(match.bias))
+                bias = _random(shape, fake_value(match.bias))
+            # One for each row of the real x is more than the probe has rows.
+            bias = bias[tuple(slice(size) for size in shape)]
             old[match.bias], new[nodes_now[match.bias]] = bias, bias
         between = _between(match.x, match.bias, match.output, constants)
         with _autocast_of(plan):

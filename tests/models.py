@@ -19,10 +19,13 @@ class Dequant(nn.Module):
         self.register_buffer("zero", torch.randint(0, 16, (n, k // group, 1), dtype=torch.uint8, generator=g))
         self.bias = nn.Parameter(torch.randn(n, generator=g))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:
+        """The dense weight [n, k]."""
         codes = torch.stack([self.q & 15, self.q >> 4], -1).view(self.n, -1, self.group)
-        w = (codes.float() - self.zero.float()) * self.scale
-        return F.linear(x, w.view(self.n, -1).to(x.dtype), self.bias.to(x.dtype))
+        return ((codes.float() - self.zero.float()) * self.scale).view(self.n, -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight().to(x.dtype), self.bias.to(x.dtype))
 
 
 def mlp() -> nn.Sequential:

@@ -293,3 +293,46 @@ def test_every_device_mode_and_dtype(device, mode, dtype):
                     change(model)
                 got, wanted = f(x).clone().float(), model(x).float()
                 assert bool((got - wanted).abs().max() <= 0.02 * wanted.abs().max())
+
+
+class Addmm(Dequant):
+    """A bias of any shape that broadcasts against the result, with a factor."""
+
+    def __init__(self, bias: torch.Tensor, beta: float) -> None:
+        super().__init__(8, 32, 16)
+        self.added, self.beta = nn.Parameter(bias, requires_grad=False), beta
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.added, x, self.weight().t(), beta=self.beta)
+
+
+@pytest.mark.parametrize("beta", [0, 1, 0.5])
+@pytest.mark.parametrize("shape", [(1,), (8,), (1, 8), (3, 1), (3, 8)])
+def test_biases_that_broadcast(shape, beta):
+    # Eager does not read a bias whose factor is 0.
+    model, x = Addmm(torch.randn(shape) if beta else torch.full(shape, float("nan")), beta), torch.randn(3, 32)
+    with torch.no_grad():
+        assert lqcompile.explain(model, x, options={"strict": True}).rewritten == 1
+        assert close(compiled(model)(x), model(x))
+
+
+def test_a_scale_in_another_dtype_after_the_matmul():
+    class ScaleAfter(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.dtype = dtype
+            self.register_buffer("codes", torch.randint(-8, 8, (16, 32), dtype=torch.int8))
+            self.register_buffer("scale", torch.rand(16).to(dtype))
+
+        def forward(self, x):
+            return F.linear(x, self.codes.to(x.dtype)).to(self.dtype) * self.scale
+
+    for x_dtype, dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        torch._dynamo.reset()
+        model, x = ScaleAfter(dtype), torch.randn(3, 32, dtype=x_dtype)
+        exact = x.double() @ (model.codes.double() * model.scale.double()[:, None]).T
+        with torch.no_grad():
+            y = compiled(model)(x)
+        assert y.dtype == dtype
+        unit = 2.0**-24 if dtype == torch.float32 else 2.0**-8
+        assert bool(((y.double() - exact).abs() <= 2 * unit * exact.abs() + 2.0**-18 * exact.abs().max()).all())
