@@ -85,7 +85,9 @@ class Recogniser:
                 return None
             return self._match(c, misses)
         except Refused as refusal:
-            near = tuple(misses) or (NearMiss("", refusal.reason, refusal.at),)
+            # Of what nobody quantized there is no near miss to tell.
+            plain = refusal.reason in (Reason.NOT_QUANTIZED, Reason.INPUT_WEIGHT)
+            near = tuple(misses) or (() if plain else (NearMiss("", refusal.reason, refusal.at),))
             return Kept(where(node), node, refusal.reason, near)
         except Exception as error:
             if self.strict:
