@@ -253,7 +253,7 @@ def _one(
 def _race(
     result: Result, model: nn.Module, fast: Callable[..., Any], inputs: tuple[torch.Tensor, ...], what: str
 ) -> None:
-    say(f"{result.quantizer}: default torch.compile of the {what}, for comparison ...")
+    say(f"{result.quantizer}: default torch.compile, {what}, for comparison ...")
     result.timed = what
     start = time.perf_counter()
     default = torch.compile(model, dynamic=False)
