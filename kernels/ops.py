@@ -109,13 +109,12 @@ def _define(layout: str) -> Any:
         ctx.save_for_backward(*parts)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        needs_x, _, needs_bias = ctx.needs_input_grad[0], None, ctx.needs_input_grad[2]
         grad_x = grad_bias = None
-        if needs_x:
+        if ctx.needs_input_grad[0]:
             parts = list(ctx.saved_tensors)
             dequantize = getattr(torch.ops.lq.dequantize, VERSION)
             grad_x = grad @ dequantize(parts, layout, ctx.n, ctx.k, ctx.format, ctx.dtype)
-        if needs_bias:
+        if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, ctx.n).sum(0)
         return grad_x, [None] * len(ctx.saved_tensors), grad_bias, None, None, None, None
 

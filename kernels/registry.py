@@ -15,8 +15,7 @@ from ..device import Device
 from ..errors import ArgumentError
 from ..types import Format, Problem, Rounding
 
-HALVES = (torch.float16, torch.bfloat16)
-X_DTYPES = (*HALVES, torch.float32)
+X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)

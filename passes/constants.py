@@ -30,6 +30,11 @@ def fake_value(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def target_name(node: fx.Node) -> str:
+    """The name of the function or method that a node calls, "" if it has none."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def storage_of(node: fx.Node) -> int | None:
     """Identifies the memory behind a node's tensor: views of one another share it."""
     value = fake_value(node)
@@ -50,7 +55,7 @@ def written(node: fx.Node) -> list[fx.Node]:
                 value = node.args[i] if i < len(node.args) else node.kwargs.get(names[i])
                 out += _nodes(value)
         return out
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    name = target_name(node)
     in_place = node.op == "call_function" and target in _IN_PLACE
     # operator.and_ and its like only dodge a keyword.
     trailing = name.endswith("_") and not name.endswith("__")
@@ -195,7 +200,7 @@ def _version_at_birth(node: fx.Node) -> int:
 
 
 def run(cut: Slice, leaves: Sequence[torch.Tensor], module: torch.nn.Module) -> torch.Tensor:
-    """Evaluates a slice on tensors for its leaves. Raises Refused where tracing saw a write that we do not."""
+    """Evaluates a slice on tensors for its leaves. Raises Refused where an operation fails on them."""
     env: dict[fx.Node, Any] = dict(zip(cut.leaves, leaves, strict=True))
     interpreter = fx.Interpreter(module, garbage_collect_values=False, graph=cut.result.graph)
     last = {source: node for node in cut.nodes for source in node.all_input_nodes}
@@ -205,16 +210,7 @@ def run(cut: Slice, leaves: Sequence[torch.Tensor], module: torch.nn.Module) -> 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
         try:
             env[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
-        except Refused:
-            raise
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            NotImplementedError,
-            AttributeError,
-            IndexError,
-        ) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise Refused(Reason.UNSUPPORTED_OP, f"{node.name}: {error}"[:200]) from error
         for source in node.all_input_nodes:
             if last.get(source) is node and source is not cut.result:

@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import formats
 from ..errors import Reason, Refused
+from ..kernels.registry import X_DTYPES
 from ..types import NearMiss, Where
 from .canonicalize import Contraction, Roles, contraction, roles
-from .constants import Constants, Slice, fake_value, run
+from .constants import Constants, Slice, fake_value, run, target_name
 from .evaluate import FP8, evaluate, identity
 from .prove import Reader, Recovered
 
-X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOW_BIT = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, *FP8)
 _ROUNDERS = {"round", "floor", "trunc", "ceil", "clamp", "quantize", "sign"}
 _EYE_FORMS = {"linear", "matmul", "mm"}
@@ -145,7 +145,7 @@ class Recogniser:
         from_right = len(r.y_labels) - r.y_labels.index(r.n[0])
         while len(output.users) == 1:
             user = next(iter(output.users))
-            name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
+            name = target_name(user)
             if name in ("to", "float", "half", "bfloat16", "type_as") and user.args[0] is output:
                 ahead = next(iter(user.users), None)
                 if len(user.users) != 1 or ahead is None or self._scale_of(ahead, user, from_right) is None:
@@ -159,7 +159,7 @@ class Recogniser:
         return output, found
 
     def _scale_of(self, user: fx.Node, y: fx.Node, from_right: int) -> tuple[fx.Node, bool] | None:
-        name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
+        name = target_name(user)
         if name not in ("mul", "div", "truediv", "multiply", "divide", "true_divide") or len(user.args) != 2:
             return None
         divides = name not in ("mul", "multiply")
@@ -204,7 +204,7 @@ class Recogniser:
     ) -> Callable[..., list[Tensor]]:
         """What gives the weights [n, k], one for each place of the batch, from the leaves (and the identity)."""
         module, through = self.module, is_traceable_wrapper_subclass(fake_value(w))
-        name = str(c.node.target) if c.node.op == "call_method" else getattr(c.node.target, "__name__", "")
+        name = target_name(c.node)
         if through and (name not in _EYE_FORMS or w is not c.b or len(r.w_labels) != 2):
             raise Refused(Reason.UNSUPPORTED_SPELLING, f"{name} with a {type(fake_value(w)).__name__}")
         dropped = [i for i, label in enumerate(r.w_labels) if label[-1] == "!"]
@@ -243,7 +243,7 @@ def _may_be_low_bit(cut: Slice, values: Sequence[Tensor]) -> bool:
     if any(v.dtype in LOW_BIT or is_traceable_wrapper_subclass(v) for v in values):
         return True
     for node in cut.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        name = target_name(node)
         if any(word in name for word in _ROUNDERS) or (name == "view" and torch.uint8 in node.args):
             return True
     return False
@@ -266,8 +266,8 @@ def where(node: fx.Node) -> Where:
     lines = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
     own = [entry for entry in lines if "/torch/nn/modules/" not in entry[0] and entry[0] != _OWN_MODULE] or lines
     file, line, code = own[-1] if own else ("", "0", "")
-    op = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return Where(path or node.name, file, int(line), code.strip(), str(op))
+    op = target_name(node) or str(node.target)
+    return Where(path or node.name, file, int(line), code.strip(), op)
 
 
 def _inside(module: fx.GraphModule, node: fx.Node) -> list[Kept]:
