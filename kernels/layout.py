@@ -1,15 +1,19 @@
 """The packed layouts. One definition each; packer, unpacker and their test derive from it.
 
-A code of b bits is cut into fields of widths that divide a byte, low bits first. Each width is one stored plane:
-uint8 [n, ceil(k * width / 8)], where byte t of row r holds w[r, t * 8/width + j] at bit j * width.
-`lut` cuts every code into single bits, as LUT-GEMM needs (arXiv 2206.09557, section 3); `quick` into the widest fields.
+A code of b bits is cut into fields of widths that divide a byte, low bits first. `lut` cuts every code into single
+bits, as LUT-GEMM needs (arXiv 2206.09557, section 3); `quick` into the widest fields. Where the fields stand depends
+on the device type: in rows, or in tiles that follow the registers of a tensor core (`Tiles`).
+
+Rows: each width is one plane, uint8 [n, ceil(k * width / 8)]; byte t of row r holds w[r, t * 8/width + j] at bit
+j * width. What has a number for each row and group is stored as [n, groups, ...].
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -20,85 +24,225 @@ from ..types import SCALE_DTYPES, Format, QWeight
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """Tiles of 32 rows x 128 columns, for kernels/lut.cu; each holds its fields alone, so w can be cut between tiles.
+
+    Row 8o + g of a tile and column 32u + 16h + 4r + t are digits `o g u h r t`; `order[width]` is the order in which
+    fields of that width stand, the last digits within a byte, low bits first. Lane 4g + t of a warp then reads, 16
+    bytes at a time, what its registers of mma.m16n8k128.b1 (width 1) or mma.m16n8k16 (pairs of width 4) hold.
+    What has a number for each row and group is stored as [row tiles, groups, (planes,) 4g + o]. Padding, up to whole
+    tiles, is zero.
+    """
+
+    order: Mapping[int, str]
+
+    SIZES: ClassVar[Mapping[str, int]] = {"o": 4, "g": 8, "u": 4, "t": 4, "h": 2, "r": 4}
+    AXES: ClassVar[str] = "NogKuhrt"
+
+    def pack(self, codes: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
+        """uint8 codes [n, k] as one uint8 tensor [row tiles, column tiles, bytes of a tile]."""
+        n, k = codes.shape
+        digits = F.pad(codes, (0, -k % 128, 0, -n % 32)).view(-(-n // 32), 4, 8, -(-k // 128), 4, 2, 4, 4)
+        planes, shift = [], 0
+        for width in widths:
+            fields = ((digits >> shift) & ((1 << width) - 1)).permute([self.AXES.index(d) for d in self._stored(width)])
+            planes.append(_pack_plane(fields.reshape(fields.shape[0], -1), width).view(*fields.shape[:2], 512 * width))
+            shift += width
+        return [torch.cat(planes, -1)]
+
+    def unpack(
+        self, parts: Sequence[torch.Tensor], widths: Sequence[int], n: int, k: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The codes [n, k] as numbers of `dtype`."""
+        out, shift = None, 0
+        for plane, width in zip(parts[0].split([512 * w for w in widths], -1), widths, strict=True):
+            stored = self._stored(width)
+            shape = [*plane.shape[:2], *(self.SIZES[d] for d in stored[2:])]
+            fields = unpack_plane(plane.reshape(plane.shape[0], -1), width, shape[1] * 4096, torch.uint8)
+            fields = fields.view(shape).permute([stored.index(d) for d in self.AXES])
+            fields = fields.reshape(shape[0] * 32, shape[1] * 128)[:n, :k] << shift
+            out = fields if out is None else out | fields
+            shift += width
+        assert out is not None
+        return out.to(dtype).contiguous()
+
+    def _stored(self, width: int) -> str:
+        return "NK" + self.order[width].replace(" ", "")
+
+    def plane_names(self, widths: Sequence[int]) -> tuple[str, ...]:
+        return ("planes",)
+
+    def plane_shapes(self, widths: Sequence[int], n: int, k: int) -> list[tuple[int, ...]]:
+        return [(-(-n // 32), -(-k // 128), 512 * sum(widths))]
+
+    def pack_grouped(self, t: torch.Tensor, group: int) -> torch.Tensor:
+        """[n, groups] or [n, groups, planes] in the order of the tiles' rows."""
+        wanted = self.grouped_shape(t.shape[0], t.shape[1], group, ())
+        t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, wanted[1] - t.shape[1], 0, wanted[0] * 32 - t.shape[0]))
+        t = t.view(wanted[0], 4, 8, *t.shape[1:])
+        return t.permute(0, *range(3, t.ndim), 2, 1).reshape(t.shape[0], *t.shape[3:], 32)
+
+    def unpack_grouped(self, t: torch.Tensor, n: int, groups: int) -> torch.Tensor:
+        digits = t.view(*t.shape[:-1], 8, 4)
+        last = digits.ndim - 1
+        return digits.permute(0, last, last - 1, *range(1, last - 1)).reshape(-1, *t.shape[1:-1])[:n, :groups]
+
+    def grouped_shape(self, n: int, groups: int, group: int, planes: tuple[int, ...]) -> tuple[int, ...]:
+        # Groups that share a tile are padded to whole tiles: what a tile needs stands together.
+        padded = -(-groups // (128 // group)) * (128 // group) if 128 % group == 0 else groups
+        return (-(-n // 32), padded, *planes, 32)
+
+
+class Rows:
+    """Row by row, as the module's text says. Easily read by anybody's code, on any device."""
+
+    def pack(self, codes: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
+        """uint8 codes [n, k] as one uint8 plane for each width."""
+        parts, shift = [], 0
+        for width in widths:
+            parts.append(_pack_plane((codes >> shift) & ((1 << width) - 1), width))
+            shift += width
+        return parts
+
+    def unpack(
+        self, parts: Sequence[torch.Tensor], widths: Sequence[int], n: int, k: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The codes [n, k] as numbers of `dtype`."""
+        codes, shift = unpack_plane(parts[0], widths[0], k, dtype), widths[0]
+        for plane, width in zip(parts[1:], widths[1:], strict=False):
+            codes = codes.add(unpack_plane(plane, width, k, dtype), alpha=1 << shift)
+            shift += width
+        return codes.contiguous()
+
+    def plane_names(self, widths: Sequence[int]) -> tuple[str, ...]:
+        return tuple(f"plane{i}" for i in range(len(widths)))
+
+    def plane_shapes(self, widths: Sequence[int], n: int, k: int) -> list[tuple[int, ...]]:
+        return [(n, -(-k * width // 8)) for width in widths]
+
+    def pack_grouped(self, t: torch.Tensor, group: int) -> torch.Tensor:
+        """[n, groups, ...] as it is."""
+        return t
+
+    def unpack_grouped(self, t: torch.Tensor, n: int, groups: int) -> torch.Tensor:
+        return t
+
+    def grouped_shape(self, n: int, groups: int, group: int, planes: tuple[int, ...]) -> tuple[int, ...]:
+        return (n, groups, *planes)
+
+
+ROWS = Rows()
+
+
+@dataclass(frozen=True)
 class Layout:
-    """A packed layout: `fields[bits]` is the widths that a code of so many bits is cut into, low bits first."""
+    """A packed layout: `fields[bits]` is the widths that a code of so many bits is cut into, low bits first.
+
+    `tiles` maps a device type to the tiles that its kernels read; elsewhere the layout is stored by rows.
+    """
 
     name: str
     fields: tuple[tuple[int, ...], ...]
     forms: tuple[str, ...]
+    tiles: Mapping[str, Tiles] = field(default_factory=dict, hash=False)
 
-    def widths(self, format: Format) -> tuple[int, ...]:
+    def order(self, device: str) -> Tiles | Rows:
+        return self.tiles.get(device, ROWS)
+
+    def widths(self, format: Format, device: str = "cpu") -> tuple[int, ...]:
+        # Codes of a table are looked up by nibbles: single bits would have to be put together first.
+        if device in self.tiles and format.form == "table" and format.bits <= 4:
+            return (4,)
         return self.fields[format.bits]
 
-    def names(self, format: Format) -> tuple[str, ...]:
+    def names(self, format: Format, device: str = "cpu") -> tuple[str, ...]:
         """The names of the parts, in the order in which the custom op takes them."""
-        planes = tuple(f"plane{i}" for i in range(len(self.widths(format))))
+        planes = self.order(device).plane_names(self.widths(format, device))
         return planes + parts_of(format) + (("table",) if format.form == "table" else ())
 
-    def shapes(self, format: Format, n: int, k: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(
+        self, format: Format, n: int, k: int, device: str = "cpu"
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each part but the table, in order."""
         out: list[tuple[tuple[int, ...], torch.dtype]]
-        out = [((n, -(-k * width // 8)), torch.uint8) for width in self.widths(format)]
+        order = self.order(device)
+        out = [(shape, torch.uint8) for shape in order.plane_shapes(self.widths(format, device), n, k)]
         scale_dtype, groups = SCALE_DTYPES[format.scale_dtype], k // format.group
         for name in parts_of(format):
             dtype = torch.int16 if name == "zero" and format.zero == "int" else scale_dtype
             # A float zero keeps float32: rounding it to half would move the weight by up to half a scale.
             dtype = torch.float32 if name == "zero" and format.zero == "float" else dtype
-            out.append(((n, groups, format.bits) if name == "alpha" else (n, groups), dtype))
+            out.append((order.grouped_shape(n, groups, format.group, (format.bits,) if name == "alpha" else ()), dtype))
         return out
 
-    def pack(self, w: QWeight) -> list[torch.Tensor]:
-        """The parts of `w`. Scales are stored as format.scale_dtype, tables as float32. Raises ArgumentError."""
+    def pack(self, w: QWeight, device: str | None = None) -> list[torch.Tensor]:
+        """The parts of `w`. Scales are stored as format.scale_dtype, tables as float32. Raises ArgumentError.
+
+        `device` is the type of the device whose kernels will read them, by default the one where `w` is.
+        """
         validate(w)
         if w.format.form not in self.forms:
             raise ArgumentError("form", w.format.form, f"{' | '.join(self.forms)} in layout {self.name}")
+        device = device or w.codes.device.type
+        order = self.order(device)
         codes = (w.codes.to(torch.int16) - code_range(w.format)[0]).to(torch.uint8)
-        parts, shift = [], 0
-        for width in self.widths(w.format):
-            parts.append(_pack_plane((codes >> shift) & ((1 << width) - 1), width))
-            shift += width
-        for (_, dtype), name in zip(self.shapes(w.format, w.n, w.k)[len(parts) :], parts_of(w.format), strict=True):
-            parts.append(getattr(w, name).to(dtype).contiguous())
+        parts = order.pack(codes, self.widths(w.format, device))
+        dtypes = [dtype for _, dtype in self.shapes(w.format, w.n, w.k, device)[len(parts) :]]
+        for dtype, name in zip(dtypes, parts_of(w.format), strict=True):
+            parts.append(order.pack_grouped(getattr(w, name).to(dtype), w.format.group).contiguous())
         if w.table is not None:
             parts.append(w.table.to(torch.float32).contiguous())
         return parts
 
-    def unpack(self, parts: Sequence[torch.Tensor], format: Format, n: int, k: int) -> QWeight:
+    def unpack(
+        self, parts: Sequence[torch.Tensor], format: Format, n: int, k: int, device: str | None = None
+    ) -> QWeight:
         """The weight that `parts` hold: the inverse of `pack`, but that `perm` is left to the caller."""
-        check_parts(self, parts, format, n, k)
-        widths = self.widths(format)
-        codes, shift = torch.zeros((n, k), dtype=torch.uint8, device=parts[0].device), 0
-        for part, width in zip(parts, widths, strict=False):
-            codes |= unpack_plane(part, width, k, torch.uint8) << shift
-            shift += width
+        device = device or parts[0].device.type
+        check_parts(self, parts, format, n, k, device)
+        codes, grouped, table = self.read(parts, format, n, k, torch.uint8, device)
         low = code_range(format)[0]
         if low < 0:
             codes = (codes.to(torch.int16) + low).to(torch.int8)
-        named = dict(zip(self.names(format), parts, strict=True))
-        return QWeight(format, n, k, codes, table=named.get("table"), **{name: named.get(name) for name in GROUPED})
+        return QWeight(format, n, k, codes, table=table, **{name: grouped.get(name) for name in GROUPED})
+
+    def read(
+        self, parts: Sequence[torch.Tensor], format: Format, n: int, k: int, dtype: torch.dtype, device: str
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+        """Codes [n, k] counted from 0 as `dtype`, the grouped tensors [n, groups, ...] by name, and the table."""
+        order, widths = self.order(device), self.widths(format, device)
+        planes = len(order.plane_names(widths))
+        codes = order.unpack(parts[:planes], widths, n, k, dtype)
+        grouped = {
+            name: order.unpack_grouped(part, n, k // format.group)
+            for name, part in zip(parts_of(format), parts[planes:], strict=False)
+        }
+        return codes, grouped, parts[-1] if format.form == "table" else None
 
 
-def check_parts(layout: Layout, parts: Sequence[torch.Tensor], format: Format, n: int, k: int) -> None:
-    """Raises ArgumentError unless `parts` are exactly what `layout` stores for this format and size.
+def check_parts(
+    layout: Layout, parts: Sequence[torch.Tensor], format: Format, n: int, k: int, device: str | None = None
+) -> None:
+    """Raises ArgumentError unless `parts` are exactly what `layout` stores for this format, size and device type.
 
     Sizes are recomputed from (n, k, format) and never trusted, so that no kernel can read out of bounds.
     """
-    expected = _expected(layout, format, n, k)
+    expected = _expected(layout, format, n, k, device or (parts[0].device.type if parts else "cpu"))
     if len(parts) != len(expected):
         raise ArgumentError("parts", f"{len(parts)} tensors", ", ".join(name for name, _, _ in expected))
-    device = parts[0].device
+    where = parts[0].device
     for (name, shapes, dtype), part in zip(expected, parts, strict=True):
         if tuple(part.shape) not in shapes or part.dtype != dtype:
             raise ArgumentError(f"parts.{name}", f"{part.dtype} {tuple(part.shape)}", f"{dtype} {shapes}")
         if not part.is_contiguous():
             raise ArgumentError(f"parts.{name}.stride", part.stride(), "contiguous")
-        if part.device != device:
-            raise ArgumentError(f"parts.{name}.device", part.device, f"{device}, where plane0 is")
+        if part.device != where:
+            raise ArgumentError(f"parts.{name}.device", part.device, f"{where}, where the first part is")
 
 
 @functools.lru_cache(maxsize=4096)
 def _expected(
-    layout: Layout, format: Format, n: int, k: int
+    layout: Layout, format: Format, n: int, k: int, device: str
 ) -> list[tuple[str, tuple[tuple[int, ...], ...], torch.dtype]]:
     if n < 0 or k < 0 or k % format.group:
         raise ArgumentError("format.group", format.group, f"a divisor of k={k}")
@@ -106,7 +250,7 @@ def _expected(
         raise ArgumentError("form", format.form, f"{' | '.join(layout.forms)} in layout {layout.name}")
     found: list[tuple[str, tuple[tuple[int, ...], ...], torch.dtype]] = [
         (name, (shape,), dtype)
-        for name, (shape, dtype) in zip(layout.names(format), layout.shapes(format, n, k), strict=False)
+        for name, (shape, dtype) in zip(layout.names(format, device), layout.shapes(format, n, k, device), strict=False)
     ]
     if format.form == "table":
         levels = 1 << format.bits
@@ -135,6 +279,11 @@ def unpack_plane(plane: torch.Tensor, width: int, k: int, dtype: torch.dtype) ->
 
 
 _WIDEST = ((), (1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (8,))
-LUT = Layout("lut", tuple((1,) * bits for bits in range(9)), ("affine", "table", "binary"))
+LUT = Layout(
+    "lut",
+    tuple((1,) * bits for bits in range(9)),
+    ("affine", "table", "binary"),
+    {"cuda": Tiles({1: "g t o h u r", 4: "o g t u r h"})},
+)
 QUICK = Layout("quick", _WIDEST, ("affine", "table"))
 LAYOUTS = {layout.name: layout for layout in (LUT, QUICK)}

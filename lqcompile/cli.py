@@ -1,4 +1,4 @@
-"""The console script `lq`: demo, doctor, kernels."""
+"""The console script `lq`: demo, doctor, kernels, bench."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import enum
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 
 class Exit(enum.IntEnum):
@@ -42,6 +43,70 @@ def _kernels(given: argparse.Namespace) -> int:
     return Exit.FINE
 
 
+def _bench(given: argparse.Namespace) -> int:
+    from . import bench
+    from .errors import ArgumentError
+
+    chosen = {name: value for name, value in vars(given).items() if name in BENCH and value is not None}
+    chosen.setdefault("device", bench.default_device())
+    try:
+        return bench.bench(bench.Options(**chosen), ("lq", *given.argv))
+    except ArgumentError as error:
+        print(f"lq bench: {error}", file=sys.stderr)
+        return Exit.USAGE
+
+
+BENCH = (
+    "shapes",
+    "ms",
+    "formats",
+    "kernels",
+    "dtypes",
+    "device",
+    "bias",
+    "neighbours",
+    "json",
+    "repeats",
+    "time_limit",
+)
+
+
+def _read(name: str) -> Callable[[str], Any]:
+    """The reader of an option of `lq bench`; torch is imported only where one is given."""
+
+    def read(text: str) -> Any:
+        from . import bench
+        from .errors import ArgumentError
+
+        try:
+            return getattr(bench, name)(text)
+        except ArgumentError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def _bench_parser(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench", help="check every kernel against float64 and time it beside the vendor's matmul"
+    )
+    for option, name, metavar, about in (
+        ("--shapes", "shapes", "NxK,...", "sizes of the weight, or standard | llama3-8b"),
+        ("--m", "ms", "M,...", "rows of x (1,2,4,8)"),
+        ("--formats", "formats", "SPEC,...", "form:bits:group:zero[:scale_dtype]"),
+        ("--kernels", "kernels", "NAME,...", "only these of `lq kernels`"),
+        ("--dtype", "dtypes", "NAME,...", "float16 | bfloat16, and float32 on a CPU"),
+        ("--device", "device", "DEVICE", "cpu | cuda | cuda:N (a GPU where there is one)"),
+        ("--repeats", "repeats", "N", "samples of each candidate (15)"),
+        ("--time-limit", "time_limit", "SECONDS", "begin no further problem after this time"),
+    ):
+        bench.add_argument(option, dest=name, type=_read(name), metavar=metavar, help=about)
+    bench.add_argument("--bias", action=argparse.BooleanOptionalAction, help="add a bias (no)")
+    bench.add_argument("--neighbours", action=argparse.BooleanOptionalAction, help="time other libraries too (yes)")
+    bench.add_argument("--json", type=_writable, metavar="FILE", help="also write everything to FILE")
+    bench.set_defaults(run=_bench)
+
+
 def _writable(name: str) -> Path:
     path = Path(name)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -62,12 +127,14 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     kernels = commands.add_parser("kernels", help="list the kernels and what each accepts")
     kernels.set_defaults(run=_kernels)
+    _bench_parser(commands)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. argparse itself exits with 2 on wrong usage."""
     given = parser().parse_args(argv)
+    given.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         return int(given.run(given))
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError
@@ -62,6 +63,19 @@ def make(mode: str | None, options: Mapping[str, Any] | None) -> Config:
 def environment(name: str) -> str | None:
     """An environment variable of ours."""
     return os.environ.get(name)
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept; None where no folder can be named. Not made here."""
+    own = environment("LQ_CACHE_DIR")
+    if own:
+        return Path(own).absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        # The XDG standard: a relative path there is to be ignored.
+        return (base if base.is_absolute() else Path.home() / ".cache") / "lqcompile"
+    except RuntimeError:
+        return None
 
 
 def go_offline() -> None:

@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import cache
 from .cli import Exit
+from .errors import Refused
 from .formats import bound, dequantize
-from .kernels import registry
+from .kernels import build, registry
 from .kernels.layout import LAYOUTS
 from .quantize import QuantLinear, quantize
 from .types import FORMS, Format
@@ -72,6 +74,24 @@ def _triton() -> Finding:
     if torch.cuda.is_available():
         return Finding("fail", "triton", "missing", "pip install triton; Inductor needs it on a GPU")
     return Finding("ok", "triton", "none; only GPUs need it")
+
+
+def _nvrtc() -> Finding:
+    try:
+        _, path, found = build.nvrtc()
+    except Refused as refused:
+        if torch.cuda.is_available():
+            return Finding("warn", "nvrtc", "missing; matmuls run dense", refused.reason.advice)
+        return Finding("ok", "nvrtc", "none; only GPUs need it")
+    return Finding("ok", "nvrtc", f"{found}, {path}")
+
+
+def _own_cache() -> Finding:
+    store = cache.default()
+    problem = store.problem()
+    if problem is not None:
+        return Finding("warn", "cache", f"not used: {problem}", "set LQ_CACHE_DIR to a folder of your own")
+    return Finding("ok", "cache", f"{store.root}, private")
 
 
 def _compiler() -> Finding:
@@ -136,7 +156,17 @@ def _end_to_end() -> Finding:
     return Finding("ok", name, detail)
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (_python, _torch, _gpu, _triton, _compiler, _cache, _ops)
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    _python,
+    _torch,
+    _gpu,
+    _triton,
+    _nvrtc,
+    _compiler,
+    _cache,
+    _own_cache,
+    _ops,
+)
 
 
 def findings() -> Iterator[Finding]:

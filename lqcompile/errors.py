@@ -89,6 +89,10 @@ class Reason(enum.Enum):
         "no kernel accepts this format on this device",
         "see lq kernels for the formats that each kernel accepts",
     )
+    NO_NVRTC = (
+        "NVRTC, which compiles kernels for the GPU, was not found",
+        "pip install nvidia-cuda-nvrtc, of the major CUDA version that torch.version.cuda names",
+    )
     SLOWER = (
         "no kernel is predicted to be faster than leaving it to Inductor",
         "nothing to do",
@@ -108,7 +112,9 @@ class Reason(enum.Enum):
 
 
 class Refused(LqError):
-    """A match was refused. Raised inside the recogniser only; it becomes a NearMiss, never reaches the user."""
+    """A match, or a kernel, was refused. Raised by recogniser, planner and build; their callers make it a NearMiss or
+    take another kernel: it never reaches the user.
+    """
 
     def __init__(self, reason: Reason, at: str = "", depth: int = 0) -> None:
         super().__init__(f"{reason.name.lower()} at {at}" if at else reason.name.lower())

@@ -273,7 +273,7 @@ class QuantLinear(nn.Module):
     def from_weight(cls, weight: QWeight, bias: Tensor | None = None) -> QuantLinear:
         """Packs `weight`; a `bias` [n] that is a Parameter is kept. Raises ArgumentError if malformed."""
         layout = LUT if validate(weight).format.form == "binary" else QUICK
-        planes = layout.pack(weight)[: len(layout.widths(weight.format))]
+        planes = layout.pack(weight, "cpu")[: len(layout.widths(weight.format))]
         tensors = {f"plane{i}": plane for i, plane in enumerate(planes)}
         given = {name: getattr(weight, name) for name in (*GROUPED, "table", "perm")}
         tensors.update((name, value) for name, value in given.items() if value is not None)

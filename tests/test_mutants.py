@@ -213,7 +213,7 @@ def both(*patches):
 
 
 def _swapped_nibbles(patch):
-    wrapped(patch, dense, "unpack_plane", lambda original, plane, *rest: original((plane >> 4) | (plane << 4), *rest))
+    wrapped(patch, layout, "unpack_plane", lambda original, plane, *rest: original((plane >> 4) | (plane << 4), *rest))
 
 
 def _any_strides(patch):
