@@ -81,6 +81,11 @@ def _nvrtc() -> tuple[Any, str, str] | None:
     return None
 
 
+def has_nvrtc() -> bool:
+    """Whether CUDA kernels can be compiled here."""
+    return _nvrtc() is not None
+
+
 def nvrtc() -> tuple[Any, str, str]:
     """NVRTC as ctypes has it, its file and its version, like "13.0". Raises Refused(NO_NVRTC)."""
     found = _nvrtc()
@@ -90,12 +95,13 @@ def nvrtc() -> tuple[Any, str, str]:
 
 
 def _source(name: str) -> str:
-    """The text of a CUDA file of this folder, which must be self-contained: only then is its text all of a key."""
+    """The text of a CUDA file of this folder with those it includes put in: only then is it all of a cache's key."""
     if not re.fullmatch(r"\w+\.cuh?", name):
         raise ArgumentError("source", name, "a .cu file of the kernels folder")
     text = resources.files(__package__).joinpath(name).read_text()
+    text = re.sub(r'^#include "(\w+\.cuh)"$', lambda found: _source(found[1]), text, flags=re.MULTILINE)
     if re.search(r"^\s*#\s*include\b", text, re.MULTILINE):
-        raise ArgumentError("source", name, "a file without #include")
+        raise ArgumentError("source", name, '#include of "name.cuh" beside it and of nothing else')
     return text
 
 

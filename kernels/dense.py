@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import sympy
 import torch
@@ -11,11 +11,21 @@ from ..device import Device
 from ..formats import UNIT_ROUNDOFF, code_range
 from ..types import Problem, Rounding
 from .layout import LAYOUTS
-from .registry import Call, Kernel, register
+from .registry import Call, Kernel, discover, register
+
+# By layout and device type: a kernel that makes the dense weight, or None where it does not take the call.
+FAST: dict[tuple[str, str], Callable[[Sequence[torch.Tensor], Call, torch.dtype], torch.Tensor | None]] = {}
 
 
 def dequantize(parts: Sequence[torch.Tensor], call: Call, dtype: torch.dtype) -> torch.Tensor:
     """The dense weight [n, k] that `parts` hold, computed in float32 or better and rounded once to `dtype`."""
+    discover()
+    fast = FAST.get((call.layout, parts[0].device.type))
+    made = None if fast is None else fast(parts, call, dtype)
+    return _by_torch(parts, call, dtype) if made is None else made
+
+
+def _by_torch(parts: Sequence[torch.Tensor], call: Call, dtype: torch.dtype) -> torch.Tensor:
     f = call.format
     work = torch.float64 if dtype == torch.float64 else torch.float32
     # In bytes where codes are looked up: they are a quarter of the traffic of floats.
@@ -49,9 +59,10 @@ def _levels(alpha: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
     return levels if offset is None else levels + offset.unsqueeze(-1).to(torch.float64)
 
 
-def _run(
+def run(
     x: torch.Tensor, parts: Sequence[torch.Tensor], bias: torch.Tensor | None, call: Call, out: torch.Tensor
 ) -> None:
+    """y[m, n] = x[m, k] @ w[n, k].T + bias[n] into `out`, by way of the dense weight."""
     w = dequantize(parts, call, x.dtype).t()
     if bias is None:
         torch.mm(x, w, out=out)
@@ -70,8 +81,12 @@ def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
 
 def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     size, planes = problem.n * problem.k, len(LAYOUTS[layout].widths(problem.format))
-    # Each plane is looked up, scaled, and written as float32; the matmul reads the result.
-    unpack = size * (8.0 * (planes + 1) + problem.x_dtype.itemsize) / device.bandwidth
+    if (layout, device.kind) in FAST:
+        # Codes are read, the dense weight is written and read.
+        unpack = size * (planes / 8 + 2.0 * problem.x_dtype.itemsize) / device.bandwidth
+    else:
+        # Each plane is looked up, scaled, and written as float32; the matmul reads the result.
+        unpack = size * (8.0 * (planes + 1) + problem.x_dtype.itemsize) / device.bandwidth
     return device.launch + unpack + 2.0 * problem.m * size / device.rate
 
 
@@ -81,7 +96,7 @@ register(
         layouts=("lut", "quick"),
         devices=("cpu", "cuda"),
         summary="every format; dequantize to a dense tile, then the vendor's matmul",
-        run=_run,
+        run=run,
         accepts=_accepts,
         rounding=_rounding,
         seconds=_seconds,

@@ -15,12 +15,9 @@
 // found for a row tile goes to a slot, and slots, then thread blocks of the cluster, are added in a fixed order, so
 // results are bit-identical from run to run.
 //
-// Compiled by NVRTC with no header. LQ_* are integers from kernels/lut.py.
+// LQ_* are integers from kernels/lut.py.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-typedef const unsigned char* Bytes;
+#include "ptx.cuh"
 
 constexpr int AFFINE = 0, BINARY = 1, TABLE = 2;
 constexpr int FORM = LQ_FORM;
@@ -49,46 +46,10 @@ constexpr float FINAL = (ONE_BIT ? 1.f : 8589934592.f) * (FORM == BINARY ? 2.f :
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
+#include "lut_x.cuh"
 
-__device__ __forceinline__ float half_to_float(u16 bits) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-    return f;
-}
-
-template <int TYPE> __device__ __forceinline__ float to_float(u16 bits) {
-    return TYPE == 0 ? half_to_float(bits) : as_float((u32)bits << 16);
-}
-
-__device__ __forceinline__ u32 two_halves(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-__device__ __forceinline__ void copy_async(u32 to, const unsigned char* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING> __device__ __forceinline__ void wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ __forceinline__ uint4 load16(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-
-__device__ __forceinline__ u32 load4(u32 at) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
-    return v;
-}
+// a / b for a + 1/2 < 2^22 and b > 0, in a few instructions.
+__device__ __forceinline__ int divide(int a, int b) { return __float2int_rd(__fdividef((float)a + 0.5f, (float)b)); }
 
 // Four numbers that stand together in shared memory: those of rows g, g + 8, g + 16, g + 24.
 template <int TYPE> __device__ __forceinline__ void load_four(float (&out)[4], u32 at) {
@@ -107,19 +68,6 @@ template <int TYPE> __device__ __forceinline__ void load_four(float (&out)[4], u
     }
 }
 
-__device__ __forceinline__ void mma_bits(int (&c)[4], u32 a0, u32 a1, u32 b) {
-    asm volatile("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-                 "{%7, %7, %7, %7};"
-                 : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(b), "r"(0));
-}
-
-__device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // A warp's place in its run: where the next tile and its factors are.
 struct Run {
     Bytes planes, coef, zero;
@@ -128,17 +76,17 @@ struct Run {
     u32 span;                 // where groups span blocks, ceil(2^32 / blocks in a group)
 
     // Starts the copy of one tile and of its groups' factors into a stage of the ring, and steps on.
-    __device__ __forceinline__ void fetch(u32 to, int lane) {
+    __device__ __forceinline__ void fetch(u32 to, u64 policy, int lane) {
 #pragma unroll
-        for (int p = 0; p < SLABS; p++) copy_async(to + p * 512 + lane * 16, planes + p * 512 + lane * 16);
+        for (int p = 0; p < SLABS; p++) copy_async(to + p * 512 + lane * 16, planes + p * 512 + lane * 16, policy);
         const u32 group = SUB ? 0 : __umulhi(first + block, span);
         constexpr int COEF_UNITS = GROUPS * COEF_ROW / 16, ZERO_UNITS = GROUPS * ZERO_ROW / 16;
 #pragma unroll
         for (int i = 0; i < COEF_UNITS; i += 32)
-            if (i + lane < COEF_UNITS) copy_async(to + COEF_AT + (i + lane) * 16, coef + group * COEF_ROW + (i + lane) * 16);
+            if (i + lane < COEF_UNITS) copy_async(to + COEF_AT + (i + lane) * 16, coef + group * COEF_ROW + (i + lane) * 16, policy);
 #pragma unroll
         for (int i = 0; i < ZERO_UNITS; i += 32)
-            if (i + lane < ZERO_UNITS) copy_async(to + ZERO_AT + (i + lane) * 16, zero + group * ZERO_ROW + (i + lane) * 16);
+            if (i + lane < ZERO_UNITS) copy_async(to + ZERO_AT + (i + lane) * 16, zero + group * ZERO_ROW + (i + lane) * 16, policy);
         const bool end = ++block == blocks;
         const int steps = end ? 1 + skip : 1, more = SUB ? steps * GROUPS : end ? groups : 0;
         planes += (u64)steps * (SLABS * 512);
@@ -147,153 +95,6 @@ struct Run {
         if (end) block = 0;
     }
 };
-
-#if __CUDA_ARCH__ >= 900
-// Programmatic dependent launch: the next kernel may start, and fetch its weights, while this one still runs.
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ float load_remote(u32 at, u32 rank) {
-    float f;
-    asm volatile("{.reg .u32 a;\nmapa.shared::cluster.u32 a, %1, %2;\nld.shared::cluster.f32 %0, [a];}" : "=f"(f) : "r"(at), "r"(rank));
-    return f;
-}
-#else
-__device__ __forceinline__ void wait_for_previous() {}
-__device__ __forceinline__ void let_next_start() {}
-__device__ __forceinline__ void cluster_arrive() {}
-__device__ __forceinline__ void cluster_wait() {}
-__device__ __forceinline__ float load_remote(u32 at, u32) { return as_float(load4(at)); }
-#endif
-
-// The exponent e with |x| < 2^e for every x of a block, from the greatest |x| as bits. Tiny blocks keep e at -100.
-__device__ __forceinline__ int exponent(u32 greatest) { return max((int)(greatest >> 23) - 126, -100); }
-__device__ __forceinline__ float power(int e) { return as_float((u32)(e + 127) << 23); }
-
-// What one unit of a prepared x is worth, times FINAL's 2^-33 so that it stays in range; NaN if any x is not finite.
-__device__ __forceinline__ float unit(u32 greatest) {
-    if (greatest >= 0x7f800000u) return as_float(0x7fc00000u);
-    return power(exponent(greatest) - (ONE_BIT ? 23 : 24));
-}
-
-// Starts the copy of one block of x, all rows, to where it will be prepared: [row][128]. What is outside x is zero.
-__device__ __forceinline__ void fetch_x(u32 to, const u16* x, int m, int k, int block, bool wide, int lane) {
-    if (wide) {
-#pragma unroll
-        for (int i = lane; i < ROWS * 16; i += 32) {
-            const int row = i >> 4, at = block * 128 + (i & 15) * 8, valid = row < m ? 2 * min(max(k - at, 0), 8) : 0;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + i * 16), "l"(valid ? x + (u64)row * k + at : x), "r"(valid) : "memory");
-        }
-    } else {
-        for (int i = lane; i < ROWS * 128; i += 32) {
-            const int row = i >> 7, at = block * 128 + (i & 127);
-            const u16 v = row < m && at < k ? x[(u64)row * k + at] : (u16)0;
-            asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + i * 2), "h"(v) : "memory");
-        }
-    }
-}
-
-__device__ __forceinline__ void four_floats(float (&f)[4], uint2 v) {
-    f[0] = to_float<XTYPE>(v.x & 0xffff), f[1] = to_float<XTYPE>(v.x >> 16);
-    f[2] = to_float<XTYPE>(v.y & 0xffff), f[3] = to_float<XTYPE>(v.y >> 16);
-}
-
-// A block of x as 24 bit planes: word [plane * 4 + t] holds, at bit 16h + 4u + r, input 32u + 16h + 4r + t.
-__device__ __forceinline__ void prepare_bits(unsigned char* planes, float* facts, uint2 inputs, int lane) {
-    float f[4];
-    four_floats(f, inputs);
-    u32 greatest = 0;
-#pragma unroll
-    for (int t = 0; t < 4; t++) greatest = max(greatest, __float_as_uint(f[t]) & 0x7fffffffu);
-    greatest = __reduce_max_sync(~0u, greatest);
-    const float up = power(23 - exponent(greatest));
-    int sum = 0;
-    u32 v[4];
-#pragma unroll
-    for (int t = 0; t < 4; t++) {
-        const int fixed = __float2int_rn(f[t] * up);
-        sum += fixed;
-        v[t] = fixed;
-    }
-    if constexpr (GROUPS == 1) {
-        sum = __reduce_add_sync(~0u, sum);
-    } else {
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        sum += __shfl_xor_sync(~0u, sum, 16);
-        if constexpr (GROUPS == 2) sum += __shfl_xor_sync(~0u, sum, 4);
-    }
-    // Transposes four 32 x 32 matrices of bits: lane and bit change places, halves of halves at a time.
-#pragma unroll
-    for (int j = 16; j; j >>= 1) {
-        const u32 low = j == 16 ? 0xffffu : j == 8 ? 0xff00ffu : j == 4 ? 0xf0f0f0fu : j == 2 ? 0x33333333u : 0x55555555u;
-        const u32 keep = lane & j ? ~low : low;
-        const int turn = lane & j ? 32 - j : j;
-#pragma unroll
-        for (int t = 0; t < 4; t++) {
-            const u32 other = __shfl_xor_sync(~0u, v[t], j);
-            v[t] = (v[t] & keep) | (__funnelshift_l(other, other, turn) & ~keep);
-        }
-    }
-    if (lane < 24) ((uint4*)planes)[lane] = make_uint4(v[0], v[1], v[2], v[3]);
-    const float worth = unit(greatest);
-    if (lane == 31) facts[0] = worth;
-    if ((lane & (GROUPS == 1 ? 31 : GROUPS == 2 ? ~8 & 31 : ~12 & 31)) == 0)
-        facts[(1 + (lane >> 2) / (4 / GROUPS)) * COLUMNS] = (float)sum * worth;
-}
-
-// A block of two rows of x as pairs of halves, scaled to fill their range and, for bit planes, by 2^-position of the
-// bit that a pair meets. Lane 16 row + 4u + r has inputs 32u + 16h + 4r + t; the pair of h = 0, 1 is word
-// [u][4 row + t][r], as lanes 4 row + t read it.
-__device__ __forceinline__ void prepare_halves(unsigned char* to, float* facts, const uint2 (&inputs)[2], int lane) {
-    float f[2][4];
-    four_floats(f[0], inputs[0]);
-    four_floats(f[1], inputs[1]);
-    const int u = lane >> 2 & 3, r = lane & 3;
-    u32 greatest = 0;
-    float sum = 0;
-#pragma unroll
-    for (int t = 0; t < 4; t++) {
-        greatest = max(greatest, max(__float_as_uint(f[0][t]) & 0x7fffffffu, __float_as_uint(f[1][t]) & 0x7fffffffu));
-        sum += f[0][t] + f[1][t];
-    }
-#pragma unroll
-    for (int j = 8; j; j >>= 1) greatest = max(greatest, __shfl_xor_sync(~0u, greatest, j));
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if constexpr (GROUPS <= 2) sum += __shfl_xor_sync(~0u, sum, 4);
-    if constexpr (GROUPS == 1) sum += __shfl_xor_sync(~0u, sum, 8);
-    const int position = FORM == TABLE ? 0 : (u == 3 ? 6 : u == 2 && r >= 2 ? 2 : 4 * u) + r;
-    // Two factors: their product may leave the range of a float where x is tiny.
-    const float fill = power(min(15 - exponent(greatest), 127)), up = power(-position);
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-        *(u32*)(to + u * ROWS * 64 + t * 16 + r * 4) = two_halves(f[0][t] * fill * up, f[1][t] * fill * up);
-    if ((lane & 15) == 15) facts[0] = unit(greatest);
-    if ((lane & (GROUPS == 1 ? 15 : GROUPS == 2 ? 7 : 3)) == 0) facts[(1 + u / (4 / GROUPS)) * COLUMNS] = sum * (1.f / FINAL);
-}
-
-// One block of x, prepared by one warp where fetch_x put it.
-__device__ __forceinline__ void prepare(unsigned char* at, float* facts, int lane) {
-    constexpr int PARTS = ONE_BIT ? ROWS : ROWS / 2;
-    uint2 inputs[PARTS][2];
-#pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-        const int row = ONE_BIT ? i : 2 * i + (lane >> 4), first = (lane >> 2 & 3) * 32 + (lane & 3) * 4;
-        const uint2* from = (const uint2*)(at + row * 256 + first * 2);
-        inputs[i][0] = ONE_BIT ? from[4 * (lane >> 4)] : from[0];
-        if constexpr (!ONE_BIT) inputs[i][1] = from[4];
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-        const int row = ONE_BIT ? i : 2 * i + (lane >> 4);
-        if constexpr (ONE_BIT) prepare_bits(at + row * 384, facts + row, inputs[i][0], lane);
-        else prepare_halves(at + row * 64, facts + row, inputs[i], lane);
-    }
-}
 
 __device__ __forceinline__ u32 bit_pair(u32 word, u32 shifted, int j) {
     return j < 10 ? word & 0x00010001u << j : shifted & 0x00010001u << (j - 6);
@@ -466,14 +267,6 @@ __device__ __forceinline__ void tile(float (&sum)[N][4], float (&minus)[COLUMNS]
     else tile_halves(sum, stage, x, facts, pairs, lane);
 }
 
-__device__ __forceinline__ void store(u16* y, float value) {
-    if constexpr (XTYPE == 0) {
-        asm("{.reg .f16 h;\ncvt.rn.f16.f32 h, %1;\nst.global.b16 [%0], h;}" ::"l"(y), "f"(value) : "memory");
-    } else {
-        asm("{.reg .b16 h;\ncvt.rn.bf16.f32 h, %1;\nst.global.b16 [%0], h;}" ::"l"(y), "f"(value) : "memory");
-    }
-}
-
 // What a warp found for a row tile, to its slot: [row of x][row of w].
 template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)[N][4], float (&minus)[COLUMNS][4], float final, int lane) {
     const int g = lane >> 2, t = lane & 3;
@@ -517,30 +310,36 @@ __device__ __forceinline__ float prepare_table(u32* pairs, const float* table) {
 // grid (size of a cluster, ceil(row tiles / tiles)); 32 * WARPS threads; shared memory as kernels/lut.py counts it.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table,
-         const u16* __restrict__ bias, u16* __restrict__ y, int m, int n, int k, int tiles, int groups, u32 span, int wide) {
+         const u16* __restrict__ bias, u16* __restrict__ y, int m, int n, int k, int tiles, int range, int groups, u32 span,
+         int wide) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const u32 split = gridDim.x, rank = blockIdx.x, blocks = (k + 127u) / 128;
-    const u32 first = blocks * rank / split, count = blocks * (rank + 1) / split - first;
+    const int split = gridDim.x, rank = blockIdx.x, blocks = (k + 127) / 128;
+    const int first = rank * range, count = min(range, blocks - first);
     float* slots = (float*)(shared + SLOTS_AT);
     unsigned char* prepared = (unsigned char*)(slots + (tiles + WARPS - 1) * SLOT);
-    float* facts = (float*)(prepared + (blocks / split + 1) * X_BLOCK);
-    // x first: behind the weights it would wait for all of them.
+    u16* biases = (u16*)(prepared + range * X_BLOCK);
+    float* facts = (float*)(biases + tiles * 32);
+    const int top = blockIdx.y * tiles, height = min(tiles, (n + 31) / 32 - top), units = height * count;
+    // x and the bias first: behind the weights they would wait for all of them.
     wait_for_previous();
-    for (u32 i = warp; i < count; i += WARPS) fetch_x(shared_address(prepared) + i * X_BLOCK, x, m, k, first + i, wide, lane);
+    for (int i = warp; i < count; i += WARPS) fetch_x(shared_address(prepared) + i * X_BLOCK, x, m, k, first + i, wide, lane);
+    for (int i = threadIdx.x * 8; i < height * 32; i += WARPS * 256)
+        copy_halves(shared_address(biases + i), bias + top * 32 + i, bias ? n - top * 32 - i : 0, wide, x);
     commit();
-    const int top = blockIdx.y * tiles, height = min(tiles, (n + 31) / 32 - top);
-    const u32 units = height * count, begin = units * warp / WARPS;
-    const int mine = units * (warp + 1) / WARPS - begin;
-    int row = begin / count, block = begin - row * count;
+    const int begin = units * warp / WARPS, mine = units * (warp + 1) / WARPS - begin;
+    int row = divide(begin, count), block = begin - row * count;
     const u32 ring = shared_address(shared) + warp * STAGES * STAGE;
-    Run run = {planes, coef, zero, block, (int)count, (int)(blocks - count), (int)first, groups, span};
+    const u64 policy = read_once();
+    Run run = {planes, coef, zero, block, count, blocks - count, first, groups, span};
     const u64 place = (u64)(top + row) * blocks + first + block;
     run.planes += place * (SLABS * 512);
     run.coef += (SUB ? place * GROUPS : (u64)(top + row) * groups) * COEF_ROW;
     run.zero += (SUB ? place * GROUPS : (u64)(top + row) * groups) * ZERO_ROW;
+    // Two stages keep memory busy while x is prepared; more would only make every warp's first tile wait for them.
+    constexpr int EARLY = STAGES > 3 ? 2 : STAGES - 1;
 #pragma unroll 1
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < mine) run.fetch(ring + i * STAGE, lane);
+    for (int i = 0; i < EARLY; i++) {
+        if (i < mine) run.fetch(ring + i * STAGE, policy, lane);
         commit();
     }
     float final = FINAL;
@@ -549,9 +348,14 @@ lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const 
         final = prepare_table((u32*)(shared + PAIRS_AT), table);
         pairs = shared_address(shared + PAIRS_AT) + lane * 4;
     }
-    wait<STAGES - 1>();
+    wait<EARLY>();
     __syncwarp();
-    for (u32 i = warp; i < count; i += WARPS) prepare(prepared + i * X_BLOCK, facts + i * FACTS * COLUMNS, lane);
+    for (int i = warp; i < count; i += WARPS) prepare(prepared + i * X_BLOCK, facts + i * FACTS * COLUMNS, lane);
+#pragma unroll 1
+    for (int i = EARLY; i < STAGES - 1; i++) {
+        if (i < mine) run.fetch(ring + i * STAGE, policy, lane);
+        commit();
+    }
     __syncthreads();
     let_next_start();
     float sum[ONE_BIT ? COLUMNS : 2][4] = {}, minus[COLUMNS][4] = {};
@@ -559,7 +363,7 @@ lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const 
     for (int i = 0; i < mine; i++) {
         wait<STAGES - 2>();
         __syncwarp();
-        if (i + STAGES - 1 < mine) run.fetch(ahead, lane);
+        if (i + STAGES - 1 < mine) run.fetch(ahead, policy, lane);
         commit();
         tile<ONE_BIT>(sum, minus, stage, shared_address(prepared) + block * X_BLOCK, facts + block * FACTS * COLUMNS, pairs, lane);
         ahead = stage;
@@ -577,11 +381,11 @@ lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const 
     // Over the warps that met a row tile, then over the cluster, each time from the first to the last.
     float* whole = (float*)shared;
     for (int e = threadIdx.x; e < height * SLOT; e += WARPS * 32) {
-        const u32 r = e / SLOT, from = ((r * count + 1) * WARPS - 1) / units, to = ((r + 1) * count * WARPS - 1) / units;
+        const int r = e / SLOT, from = divide((r * count + 1) * WARPS - 1, units), to = divide((r + 1) * count * WARPS - 1, units);
         const float* slot = slots + (r + from) * SLOT + e % SLOT;
         float v = 0.f;
-#pragma unroll 4
-        for (u32 w = from; w <= to; w++, slot += SLOT) v += *slot;
+#pragma unroll 8
+        for (int w = from; w <= to; w++, slot += SLOT) v += *slot;
         whole[e] = v;
     }
     if (split > 1) cluster_arrive(), cluster_wait();
@@ -591,10 +395,9 @@ lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const 
         float v = whole[e];
         if (split > 1) {
             v = 0.f;
-            for (u32 i = 0; i < split; i++) v += load_remote(shared_address(whole + e), i);
+            for (int i = 0; i < split; i++) v += load_remote(shared_address(whole + e), i);
         }
-        if (bias) v += to_float<XTYPE>(bias[at]);
-        store(y + (u64)column * n + at, v);
+        y[(u64)column * n + at] = rounded<XTYPE>(v + to_float<XTYPE>(biases[e / SLOT * 32 + e % 32]));
     }
     if (split > 1) cluster_arrive(), cluster_wait();  // nobody leaves while another still reads its sums
 }

@@ -1,0 +1,322 @@
+"""LUT-GEMM on NVIDIA GPUs: which specialisation of lut.cu runs a call, how its work is cut, and the dense weight."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from torch import Tensor
+
+from ..device import Device
+from ..errors import ArgumentError
+from ..formats import UNIT_ROUNDOFF
+from ..types import SCALE_DTYPES, Format, Problem, Rounding
+from . import build, dense
+from .layout import LUT
+from .registry import Call, Kernel, register
+
+FORMS = {"affine": 0, "binary": 1, "table": 2}
+ZEROS = {"none": 0, "int": 1, "float": 2}
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+# Rows of x that one launch takes at most; its specialisations are for 1, 2, 4 and 8.
+MOST_ROWS = 8
+GEMM, DENSE = "PPPPPPPiiiiiiii", "PPPPPiiiiiii"
+DENSE_WARPS = 8
+# Thread blocks that share k, the share of the multiprocessors that clusters of so many reach, and what sums cost.
+CLUSTERS = ((1, 1.0, 0), (2, 1.0, 15), (4, 0.9, 25), (8, 0.85, 35))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One specialisation of lut.cu. `rows` of x; `groups` that share 128 inputs, 0 where a group spans more."""
+
+    format: Format
+    x_dtype: torch.dtype
+    rows: int
+    groups: int
+    warps: int
+    stages: int
+
+    @property
+    def one_bit(self) -> bool:
+        """x as bit planes: up to two rows; more of them cost as much again, halves do not."""
+        return self.rows <= 2 and self.format.form != "table"
+
+    @property
+    def defines(self) -> build.Defines:
+        f = self.format
+        return (
+            ("LQ_FORM", FORMS[f.form]),
+            ("LQ_BITS", f.bits),
+            ("LQ_ZERO", ZEROS[f.zero]),
+            ("LQ_SCALE", TYPES[SCALE_DTYPES[f.scale_dtype]]),
+            ("LQ_X", TYPES[self.x_dtype]),
+            ("LQ_ROWS", self.rows),
+            ("LQ_ONE_BIT", int(self.one_bit)),
+            ("LQ_SUB", self.groups),
+            ("LQ_WARPS", self.warps),
+            ("LQ_STAGES", self.stages),
+        )
+
+    def shared(self, tiles: int, blocks: int) -> int:
+        """Bytes of shared memory that lut_gemm needs for `tiles` row tiles and `blocks` blocks of 128 inputs."""
+        f, groups = self.format, max(self.groups, 1)
+        factor = SCALE_DTYPES[f.scale_dtype].itemsize
+        stage = 512 * (4 if f.form == "table" else f.bits)
+        stage += groups * 32 * factor * (f.bits if f.form == "binary" else 1)
+        stage += groups * 32 * {"none": 0, "int": 2, "float": factor if f.form == "binary" else 4}[f.zero]
+        columns = self.rows if self.one_bit else 8
+        slots = (tiles + self.warps - 1) * 32 * columns * 4
+        x = blocks * (self.rows * (384 if self.one_bit else 256) + (1 + groups) * columns * 4)
+        pairs = 256 * 32 * 4 if f.form == "table" else 0
+        ring = self.warps * self.stages * stage
+        # The sums of all row tiles take the ring's place at the end.
+        return max(ring, tiles * 32 * columns * 4) + pairs + slots + x + tiles * 64
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one call is spread: `tiles` row tiles a thread block, k cut over `split` blocks of a cluster."""
+
+    shape: Shape
+    tiles: int
+    split: int
+    range: int
+    shared: int
+
+
+def groups_of(format: Format, k: int) -> int | None:
+    """Groups that share a block of 128 inputs, 0 where a group spans more; None where lut.cu has no way."""
+    if format.group in (32, 64, 128):
+        return 128 // format.group
+    if format.group == k:
+        return 1 if k <= 128 else 0
+    return 0 if format.group % 128 == 0 else None
+
+
+def warps_of(format: Format, rows: int, groups: int) -> int:
+    """Warps of a thread block: as many as their registers allow without spilling (ptxas -v, all variants)."""
+    wide = format.bits * max(groups, 1) * (1 if rows == 1 else 2)
+    return 16 if wide <= 16 and groups < 4 else 8
+
+
+@functools.lru_cache(maxsize=4096)
+def cut(call: Call, x_dtype: torch.dtype, rows: int, sms: int, shared: int, clusters: bool) -> Cut | None:
+    """The best way to spread a call on `sms` multiprocessors of `shared` bytes; None where x does not fit.
+
+    Times are in tiles of 32 x 128 at the rate at which memory delivers them to one of all multiprocessors. Measured
+    on an H200: one multiprocessor can take 1.5 times that (0.6 times with x as halves), a block and row of x costs
+    0.3 (0.2) of a tile to prepare, and a cluster's sums 15 or more. Of clusters of four or more, which must lie within
+    a part of the chip, not as many as the multiprocessors would hold run at once.
+    """
+    groups = groups_of(call.format, call.k)
+    assert groups is not None
+    all_tiles, blocks = -(-call.n // 32), -(-call.k // 128)
+    best: tuple[float, Cut] | None = None
+    warps = warps_of(call.format, rows, groups)
+    for stages, count in ((4, warps), (3, warps), (2, warps), (2, warps // 2), (2, warps // 4)):
+        shape = Shape(call.format, x_dtype, rows, groups, count, stages)
+        limit, effort = (0.67, 0.3) if shape.one_bit else (1.6, 0.2)
+        for split, usable, sums in CLUSTERS if clusters else CLUSTERS[:1]:
+            if split > blocks:
+                break
+            slots = int(sms * usable)
+            span, tiles = -(-blocks // split), -(-all_tiles * split // slots)
+            # An empty last range would have nothing to add.
+            if span * (split - 1) >= blocks:
+                continue
+            while tiles > 1 and shape.shared(tiles, span) > shared:
+                tiles = -(-tiles // 2)
+            need = shape.shared(tiles, span)
+            if need > shared:
+                continue
+            waves = -(-(-(-all_tiles // tiles) * split) // slots)
+            flow = max(all_tiles * blocks / sms, limit * waves * tiles * span)
+            seconds = flow + waves * effort * rows * span + sums
+            if best is None or seconds < best[0]:
+                best = (seconds, Cut(shape, tiles, split, span, need))
+        if best is not None:
+            return best[1]
+    return None
+
+
+class Launcher:
+    """One call's launches of lut_gemm on one device, for one number of rows."""
+
+    def __init__(self, call: Call, plan: Cut, device_index: int, pdl: bool) -> None:
+        shape, f = plan.shape, call.format
+        self.function = build.load_cuda("lut.cu", "lut_gemm", GEMM, shape.defines, device_index, plan.shared)
+        self.grid = (plan.split, -(-(-(-call.n // 32)) // plan.tiles), 1)
+        self.cluster = (plan.split, 1, 1)
+        self.threads, self.shared, self.pdl = 32 * shape.warps, plan.shared, pdl
+        stored = LUT.shapes(f, call.n, call.k, "cuda")[1][0][1]
+        span = 0 if shape.groups else -(-(1 << 32) // max(-(-f.group // 128), 2))
+        self.values = (call.n, call.k, plan.tiles, plan.range, stored, span - (span >> 31 << 32))
+        self.wide = call.k % 8 == 0
+
+    def __call__(self, x: Tensor, parts: Sequence[int], bias: int, out: Tensor, stream: int) -> None:
+        at = x.data_ptr()
+        wide = int(self.wide and not (at | bias) & 15)
+        values = (at, *parts, bias, out.data_ptr(), x.shape[0], *self.values, wide)
+        self.function.launch(self.grid, self.threads, self.shared, self.cluster, stream, values, self.pdl)
+
+
+@functools.lru_cache(maxsize=4096)
+def launcher(call: Call, x_dtype: torch.dtype, rows: int, device_index: int) -> Launcher | None:
+    """What runs `rows` rows of a call; None where x does not fit in shared memory."""
+    p = torch.cuda.get_device_properties(device_index)
+    modern = p.major >= 9
+    plan = cut(call, x_dtype, rows, p.multi_processor_count, p.shared_memory_per_block_optin, modern)
+    return None if plan is None else Launcher(call, plan, device_index, modern)
+
+
+def _pointers(parts: Sequence[Tensor], call: Call) -> tuple[int, int, int, int]:
+    """Addresses of the planes, the scale or alpha, the zero or offset, and the table; 0 for what there is not."""
+    f = call.format
+    names = LUT.names(f, "cuda")
+    for name, part in zip(names, parts, strict=True):
+        if part.data_ptr() & 15 or not part.is_cuda:
+            raise ArgumentError(f"parts.{name}", hex(part.data_ptr()), "a CUDA tensor at a multiple of 16 bytes")
+    zero = parts[2].data_ptr() if f.zero != "none" else 0
+    table = parts[-1].data_ptr() if f.form == "table" else 0
+    return parts[0].data_ptr(), parts[1].data_ptr(), zero, table
+
+
+def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
+    index = x.device.index
+    if call.format.form == "table" and parts[-1].ndim > 1:
+        # A look-up needs the whole table in shared memory, for every lane.
+        return dense.run(x, parts, bias, call, out)
+    addresses, stream = _pointers(parts, call), torch._C._cuda_getCurrentRawStream(index)
+    at = 0
+    while at < x.shape[0]:
+        left = min(x.shape[0] - at, MOST_ROWS)
+        rows = next(r for r in (1, 2, 4, 8) if r >= left)
+        if call.format.form == "table":
+            rows = max(rows, 2)
+        run = launcher(call, x.dtype, rows, index)
+        while run is None and rows > 1:
+            rows //= 2
+            run = launcher(call, x.dtype, rows, index)
+        if run is None:
+            return dense.run(x[at:], parts, bias, call, out[at:])
+        end = at + min(left, rows)
+        run(x[at:end], addresses, 0 if bias is None else bias.data_ptr(), out[at:end], stream)
+        at = end
+
+
+def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
+    f = call.format
+    if x_dtype not in (torch.float16, torch.bfloat16):
+        return "x of float16 | bfloat16"
+    if groups_of(f, call.k) is None:
+        return "groups of 32, 64, a multiple of 128, or all of k"
+    if f.form == "table" and f.bits > 4:
+        return "tables of at most 4 bits"
+    if not build.has_nvrtc():
+        return "a machine with NVRTC"
+    return None
+
+
+def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
+    # A table of a whole weight is looked up as halves, one by row or group goes by the dense weight. Other weights are
+    # sums of planes in float32, whose rounding is relative to the planes, and they may cancel.
+    u = UNIT_ROUNDOFF[x_dtype]
+    return Rounding(weight=u if call.format.form == "table" else 2.0**-11, accumulate=2.0**-22, out=u)
+
+
+def packed_bytes(format: Format, n: int, k: int) -> int:
+    """Bytes of all parts but the table."""
+    total = 0
+    for shape, dtype in LUT.shapes(format, n, k, "cuda"):
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        total += size
+    return total
+
+
+def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
+    # Shares of a pure read, measured on an H200 at 28672 x 8192, 3 bits (lqcompile/measured).
+    read = packed_bytes(problem.format, problem.n, problem.k) / device.bandwidth
+    m = problem.m
+    launches = sympy.ceiling(m / MOST_ROWS)
+    factor = sympy.Piecewise((1.2, m <= 1), (1.5, m <= 2), (2.1, m <= 4), (2.2 * launches, True))
+    return device.launch * launches + read * factor
+
+
+register(
+    Kernel(
+        name="lut",
+        layouts=("lut",),
+        devices=("cuda",),
+        summary="float16, bfloat16; groups of 32, 64, 128 and its multiples, k; bit planes on tensor cores; m up to 8",
+        run=_run,
+        accepts=_accepts,
+        rounding=_rounding,
+        seconds=_seconds,
+    )
+)
+
+
+def dequantize(parts: Sequence[Tensor], call: Call, dtype: torch.dtype) -> Tensor | None:
+    """The dense weight [n, k] by lut_dense.cu; None for what it does not take."""
+    f, groups = call.format, groups_of(call.format, call.k)
+    if dtype not in (torch.float16, torch.bfloat16) or groups is None or not build.has_nvrtc():
+        return None
+    out = parts[0].new_empty((call.n, call.k), dtype=dtype)
+    function = build.load_cuda("lut_dense.cu", "lut_dense", DENSE, dense_defines(f, dtype), out.device.index)
+    units = -(-call.n // 32) * -(-call.k // 128)
+    stored = LUT.shapes(f, call.n, call.k, "cuda")[1][0][1]
+    table = parts[-1] if f.form == "table" else None
+    row, group = (0, 0) if table is None or table.ndim == 1 else (table.stride(0), table.stride(1) * (table.ndim == 3))
+    values = (
+        *_pointers(parts, call),
+        out.data_ptr(),
+        *(call.n, call.k, f.group, call.k // f.group, stored, row, group),
+    )
+    stream = torch._C._cuda_getCurrentRawStream(out.device.index)
+    function.launch((-(-units // DENSE_WARPS), 1, 1), 32 * DENSE_WARPS, 0, (1, 1, 1), stream, values)
+    return out
+
+
+dense.FAST["lut", "cuda"] = dequantize
+
+
+def dense_defines(f: Format, dtype: torch.dtype) -> build.Defines:
+    """The specialisation of lut_dense.cu for a format and an output dtype."""
+    return (
+        ("LQ_FORM", FORMS[f.form]),
+        ("LQ_BITS", f.bits),
+        ("LQ_NIBBLES", int(LUT.widths(f, "cuda") == (4,) and f.form == "table")),
+        ("LQ_ZERO", ZEROS[f.zero]),
+        ("LQ_SCALE", TYPES[SCALE_DTYPES[f.scale_dtype]]),
+        ("LQ_OUT", TYPES[dtype]),
+    )
+
+
+def _variants() -> Iterator[tuple[str, str, build.Defines]]:
+    """A spread of specialisations that CI compiles for every architecture."""
+    half, bfloat = torch.float16, torch.bfloat16
+    formats = [
+        (Format("binary", 3, 128, "float", "float16"), half),
+        (Format("binary", 8, 32, "none", "float32"), bfloat),
+        (Format("affine", 4, 128, "int", "float16"), half),
+        (Format("affine", 2, 64, "float", "bfloat16"), bfloat),
+        (Format("affine", 8, 256, "none", "float16"), half),
+        (Format("table", 4, 64, "none", "bfloat16"), bfloat),
+    ]
+    for f, x_dtype in formats:
+        for rows in (2, 8):
+            groups = groups_of(f, 1024) or 0
+            shape = Shape(f, x_dtype, rows, groups, warps_of(f, rows, groups), 2)
+            yield "lut.cu", "lut_gemm", shape.defines
+            if rows == 2 and f.form != "table":
+                yield "lut.cu", "lut_gemm", replace(shape, rows=1).defines
+        yield "lut_dense.cu", "lut_dense", dense_defines(f, x_dtype)
+
+
+CUDA_VARIANTS = list(_variants())

@@ -1,0 +1,137 @@
+// x, prepared in shared memory for lut.cu: as bit planes (ONE_BIT) or as scaled halves. Included by lut.cu, whose
+// constants it uses.
+
+// The exponent e with |x| < 2^e for every x of a block, from the greatest |x| as bits. Tiny blocks keep e at -100.
+__device__ __forceinline__ int exponent(u32 greatest) { return max((int)(greatest >> 23) - 126, -100); }
+__device__ __forceinline__ float power(int e) { return as_float((u32)(e + 127) << 23); }
+
+// What one unit of a prepared x is worth, times FINAL's 2^-33 so that it stays in range; NaN if any x is not finite.
+__device__ __forceinline__ float unit(u32 greatest) {
+    if (greatest >= 0x7f800000u) return as_float(0x7fc00000u);
+    return power(exponent(greatest) - (ONE_BIT ? 23 : 24));
+}
+
+// Starts the copy of eight 16-bit numbers of which `left` exist; the others are zero. `wide`: 16 bytes at
+// a time, from `readable` where none exists.
+__device__ __forceinline__ void copy_halves(u32 to, const u16* from, int left, bool wide, const u16* readable) {
+    const int valid = min(max(left, 0), 8);
+    if (wide) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(valid ? from : readable), "r"(2 * valid) : "memory");
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < 8; i++) {
+            const u16 v = i < valid ? from[i] : (u16)0;
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + 2 * i), "h"(v) : "memory");
+        }
+    }
+}
+
+// Starts the copy of one block of x, all rows, to where it will be prepared: [row][128].
+__device__ __forceinline__ void fetch_x(u32 to, const u16* x, int m, int k, int block, bool wide, int lane) {
+#pragma unroll
+    for (int i = lane; i < ROWS * 16; i += 32) {
+        const int row = i >> 4, at = block * 128 + (i & 15) * 8;
+        copy_halves(to + i * 16, x + (u64)row * k + at, row < m ? k - at : 0, wide, x);
+    }
+}
+
+__device__ __forceinline__ void four_floats(float (&f)[4], uint2 v) {
+    f[0] = to_float<XTYPE>(v.x & 0xffff), f[1] = to_float<XTYPE>(v.x >> 16);
+    f[2] = to_float<XTYPE>(v.y & 0xffff), f[3] = to_float<XTYPE>(v.y >> 16);
+}
+
+// A block of x as 24 bit planes: word [plane * 4 + t] holds, at bit 16h + 4u + r, input 32u + 16h + 4r + t.
+__device__ __forceinline__ void prepare_bits(unsigned char* planes, float* facts, uint2 inputs, int lane) {
+    float f[4];
+    four_floats(f, inputs);
+    u32 greatest = 0;
+#pragma unroll
+    for (int t = 0; t < 4; t++) greatest = max(greatest, __float_as_uint(f[t]) & 0x7fffffffu);
+    greatest = __reduce_max_sync(~0u, greatest);
+    const float up = power(23 - exponent(greatest));
+    int sum = 0;
+    u32 v[4];
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        const int fixed = __float2int_rn(f[t] * up);
+        sum += fixed;
+        v[t] = fixed;
+    }
+    if constexpr (GROUPS == 1) {
+        sum = __reduce_add_sync(~0u, sum);
+    } else {
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        sum += __shfl_xor_sync(~0u, sum, 16);
+        if constexpr (GROUPS == 2) sum += __shfl_xor_sync(~0u, sum, 4);
+    }
+    // Transposes four 32 x 32 matrices of bits: lane and bit change places, halves of halves at a time.
+#pragma unroll
+    for (int step = 4; step >= 0; step--) {
+        constexpr u32 LOW[5] = {0x55555555u, 0x33333333u, 0x0f0f0f0fu, 0x00ff00ffu, 0x0000ffffu};
+        const bool upper = lane >> step & 1;
+        const u32 keep = upper ? ~LOW[step] : LOW[step], turn = upper ? 32 - (1 << step) : 1 << step;
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            const u32 other = __shfl_xor_sync(~0u, v[t], 1 << step);
+            v[t] = select(keep, v[t], __funnelshift_l(other, other, turn));
+        }
+    }
+    if (lane < 24) ((uint4*)planes)[lane] = make_uint4(v[0], v[1], v[2], v[3]);
+    const float worth = unit(greatest);
+    if (lane == 31) facts[0] = worth;
+    if ((lane & (GROUPS == 1 ? 31 : GROUPS == 2 ? ~8 & 31 : ~12 & 31)) == 0)
+        facts[(1 + (lane >> 2) / (4 / GROUPS)) * COLUMNS] = (float)sum * worth;
+}
+
+// A block of two rows of x as pairs of halves, scaled to fill their range and, for bit planes, by 2^-position of the
+// bit that a pair meets. Lane 16 row + 4u + r has inputs 32u + 16h + 4r + t; the pair of h = 0, 1 is word
+// [u][4 row + t][r], as lanes 4 row + t read it.
+__device__ __forceinline__ void prepare_halves(unsigned char* to, float* facts, const uint2 (&inputs)[2], int lane) {
+    float f[2][4];
+    four_floats(f[0], inputs[0]);
+    four_floats(f[1], inputs[1]);
+    const int u = lane >> 2 & 3, r = lane & 3;
+    u32 greatest = 0;
+    float sum = 0;
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        greatest = max(greatest, max(__float_as_uint(f[0][t]) & 0x7fffffffu, __float_as_uint(f[1][t]) & 0x7fffffffu));
+        sum += f[0][t] + f[1][t];
+    }
+#pragma unroll
+    for (int j = 8; j; j >>= 1) greatest = max(greatest, __shfl_xor_sync(~0u, greatest, j));
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if constexpr (GROUPS <= 2) sum += __shfl_xor_sync(~0u, sum, 4);
+    if constexpr (GROUPS == 1) sum += __shfl_xor_sync(~0u, sum, 8);
+    const int position = FORM == TABLE ? 0 : (u == 3 ? 6 : u == 2 && r >= 2 ? 2 : 4 * u) + r;
+    // Two factors: their product may leave the range of a float where x is tiny.
+    const float fill = power(min(15 - exponent(greatest), 127)), up = power(-position);
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+        *(u32*)(to + u * ROWS * 64 + t * 16 + r * 4) = two_halves(f[0][t] * fill * up, f[1][t] * fill * up);
+    if ((lane & 15) == 15) facts[0] = unit(greatest);
+    if ((lane & (GROUPS == 1 ? 15 : GROUPS == 2 ? 7 : 3)) == 0) facts[(1 + u / (4 / GROUPS)) * COLUMNS] = sum * (1.f / FINAL);
+}
+
+// One block of x, prepared by one warp where fetch_x put it.
+__device__ __forceinline__ void prepare(unsigned char* at, float* facts, int lane) {
+    constexpr int PARTS = ONE_BIT ? ROWS : ROWS / 2;
+    uint2 inputs[PARTS][2];
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        const int row = ONE_BIT ? i : 2 * i + (lane >> 4), first = (lane >> 2 & 3) * 32 + (lane & 3) * 4;
+        const uint2* from = (const uint2*)(at + row * 256 + first * 2);
+        inputs[i][0] = ONE_BIT ? from[4 * (lane >> 4)] : from[0];
+        if constexpr (!ONE_BIT) inputs[i][1] = from[4];
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        const int row = ONE_BIT ? i : 2 * i + (lane >> 4);
+        if constexpr (ONE_BIT) prepare_bits(at + row * 384, facts + row, inputs[i][0], lane);
+        else prepare_halves(at + row * 64, facts + row, inputs[i], lane);
+    }
+}
+
