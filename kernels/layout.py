@@ -46,7 +46,8 @@ class Tiles:
         planes, shift = [], 0
         for width in widths:
             fields = ((digits >> shift) & ((1 << width) - 1)).permute([self.AXES.index(d) for d in self._stored(width)])
-            planes.append(_pack_plane(fields.reshape(fields.shape[0], -1), width).view(*fields.shape[:2], 512 * width))
+            flat = fields.reshape(fields.shape[0], fields.shape[1] * 4096)
+            planes.append(_pack_plane(flat, width).view(*fields.shape[:2], 512 * width))
             shift += width
         return [torch.cat(planes, -1)]
 
@@ -58,7 +59,8 @@ class Tiles:
         for plane, width in zip(parts[0].split([512 * w for w in widths], -1), widths, strict=True):
             stored = self._stored(width)
             shape = [*plane.shape[:2], *(self.SIZES[d] for d in stored[2:])]
-            fields = unpack_plane(plane.reshape(plane.shape[0], -1), width, shape[1] * 4096, torch.uint8)
+            flat = plane.reshape(shape[0], shape[1] * 512 * width)
+            fields = unpack_plane(flat, width, shape[1] * 4096, torch.uint8)
             fields = fields.view(shape).permute([stored.index(d) for d in self.AXES])
             fields = fields.reshape(shape[0] * 32, shape[1] * 128)[:n, :k] << shift
             out = fields if out is None else out | fields
@@ -85,7 +87,8 @@ class Tiles:
     def unpack_grouped(self, t: torch.Tensor, n: int, groups: int) -> torch.Tensor:
         digits = t.view(*t.shape[:-1], 8, 4)
         last = digits.ndim - 1
-        return digits.permute(0, last, last - 1, *range(1, last - 1)).reshape(-1, *t.shape[1:-1])[:n, :groups]
+        rows = digits.permute(0, last, last - 1, *range(1, last - 1))
+        return rows.reshape(t.shape[0] * 32, *t.shape[1:-1])[:n, :groups]
 
     def grouped_shape(self, n: int, groups: int, group: int, planes: tuple[int, ...]) -> tuple[int, ...]:
         # Groups that share a tile are padded to whole tiles: what a tile needs stands together.

@@ -1,11 +1,13 @@
 // LUT-GEMM's bit planes (arXiv 2206.09557), multiplied by tensor cores instead of looked up: y[m, n] = x[m, k] w[n, k].
 //
 // A weight is q bits; plane p holds bit p of every weight. w = sum_p coef_p bit_p - rest, coef and rest constant in a
-// group, so y = sum_groups (sum_p coef_p (bit_p . x) - rest sum(x)). bit_p . x comes from a tensor core, in one of two ways:
-//   ONE_BIT  x becomes 24-bit fixed point, one exponent for each row and 128 inputs; its bit planes are the columns of
-//            mma.m16n8k128.b1 (AND, popcount). Nothing is unpacked: 3 instructions of tensor core for 2,048 weight bits.
-//   HALF     up to 8 rows of x are the columns of mma.m16n8k16. A bit masked in place, (word & 0x00010001 << j), is two
-//            halves worth 2^(j-24), subnormal and exact; 2^-j goes into x, which is scaled to fill the range of a half.
+// group, so y = sum_groups (sum_p coef_p (bit_p . x) - rest sum(x)). bit_p . x comes from a tensor core, in one of three ways:
+//   BITS    one row: x becomes 24-bit fixed point, one exponent for each 128 inputs; its bit planes are the columns of
+//           mma.m16n8k128.b1 (AND, popcount). Nothing is unpacked at all.
+//   BYTES   up to 4 rows: the fixed point is cut into four signed limbs; two rows of x are the 8 columns of
+//           mma.m16n8k32. A bit masked in place, (word & 0x01010101 << j), is four bytes worth 2^j; 2^(7-j) goes into x.
+//   HALVES  up to 8 rows are the columns of mma.m16n8k16. (word & 0x00010001 << j) is two halves worth 2^(j-24),
+//           subnormal and exact; 2^-j goes into x, which is scaled to fill the range of a half.
 // A table's 4-bit codes need look-ups after all: a byte of two codes reads two halves from a table of 256 pairs in
 // shared memory that every lane has to itself in its own bank, so that no look-up conflicts.
 //
@@ -25,10 +27,10 @@ constexpr int Q = LQ_BITS;        // planes; for a table the codes are nibbles w
 constexpr int ZERO = LQ_ZERO;     // 0 none, 1 int16, 2 float32; binary: 2 for an offset of the scale's type
 constexpr int SCALE = LQ_SCALE;   // 0 half, 1 bfloat16, 2 float
 constexpr int XTYPE = LQ_X;       // 0 half, 1 bfloat16
-constexpr int ROWS = LQ_ROWS;     // rows of x: 1 or 2 for ONE_BIT, 2, 4 or 8 otherwise
+constexpr int ROWS = LQ_ROWS;     // rows of x: 1 for BITS, 2 or 4 for BYTES, 2, 4 or 8 for HALVES
 constexpr int SUB = LQ_SUB;       // groups in a block of 128 inputs; 0 where a group spans blocks
 constexpr int WARPS = LQ_WARPS, STAGES = LQ_STAGES;
-constexpr bool ONE_BIT = LQ_ONE_BIT;
+constexpr int BITS = 0, BYTES = 1, HALVES = 2, MODE = LQ_MODE;
 
 constexpr int GROUPS = SUB ? SUB : 1;                // factors that a tile needs
 constexpr int SLABS = FORM == TABLE ? 4 : Q;         // 512-byte pieces of a 32 x 128 tile
@@ -37,12 +39,13 @@ constexpr int COEF_SIZE = SCALE == 2 ? 4 : 2;
 constexpr int ZERO_SIZE = FORM == BINARY ? COEF_SIZE : ZERO == 1 ? 2 : 4;
 constexpr int COEF_ROW = COEFS * 32 * COEF_SIZE, ZERO_ROW = ZERO ? 32 * ZERO_SIZE : 0;
 constexpr int COEF_AT = SLABS * 512, ZERO_AT = COEF_AT + GROUPS * COEF_ROW, STAGE = ZERO_AT + GROUPS * ZERO_ROW;
-constexpr int COLUMNS = ONE_BIT ? ROWS : 8;          // rows of x that are kept apart
-constexpr int X_BLOCK = ROWS * (ONE_BIT ? 384 : 256);  // bytes of a block of 128 inputs
+constexpr int COLUMNS = MODE == HALVES ? 8 : ROWS;   // rows of x that are kept apart
+constexpr int X_BLOCK = ROWS * (MODE == BITS ? 384 : MODE == BYTES ? 512 : 256);  // bytes of a block of 128 inputs
 constexpr int FACTS = 1 + GROUPS;                    // floats a block and row of x: its unit, its sum in each group
 constexpr int SLOT = 32 * COLUMNS;                   // floats of a slot
 constexpr int PAIRS_AT = WARPS * STAGES * STAGE, SLOTS_AT = PAIRS_AT + (FORM == TABLE ? 32768 : 0);
-constexpr float FINAL = (ONE_BIT ? 1.f : 8589934592.f) * (FORM == BINARY ? 2.f : 1.f);  // 2^33: see unit()
+// What a sum is worth at the end: limbs were multiplied by 2^7, units of halves divided by 2^33 (see unit()).
+constexpr float FINAL = (MODE == BITS ? 1.f : MODE == BYTES ? 1.f / 128 : 8589934592.f) * (FORM == BINARY ? 2.f : 1.f);
 
 extern __shared__ __align__(128) unsigned char shared[];
 
@@ -96,200 +99,30 @@ struct Run {
     }
 };
 
-__device__ __forceinline__ u32 bit_pair(u32 word, u32 shifted, int j) {
-    return j < 10 ? word & 0x00010001u << j : shifted & 0x00010001u << (j - 6);
-}
-
-__device__ __forceinline__ u32 code_pair(u32 pairs, u32 word, int r) {
-    return load4(pairs + ((r == 0 ? word << 7 : word >> (8 * r - 7)) & 0x7f80u));
-}
-
-// What is subtracted from a group's product for each unit of sum(x), before the scale for affine weights.
-__device__ __forceinline__ void load_rest(float (&rest)[4], u32 stage, int s, int g) {
-    if constexpr (FORM == AFFINE && ZERO == 0) {
-        rest[0] = rest[1] = rest[2] = rest[3] = 1 << (Q - 1);
-    } else if constexpr (ZERO != 0) {
-        load_four<FORM == BINARY ? SCALE : ZERO == 1 ? 3 : 2>(rest, stage + ZERO_AT + s * ZERO_ROW + g * 4 * ZERO_SIZE);
-    } else {
-        rest[0] = rest[1] = rest[2] = rest[3] = 0.f;
-    }
-}
-
-// One 32 x 128 tile. sum[row of x][octet of rows of w] is a lane's share and rest the whole, known to every lane.
-template <int N>
-__device__ __forceinline__ void tile_bits(float (&sum)[N][4], float (&minus)[COLUMNS][4], u32 stage, u32 x, const float* facts,
-                                          int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    u32 b[COLUMNS][3];
-#pragma unroll
-    for (int m = 0; m < COLUMNS; m++)
-#pragma unroll
-        for (int i = 0; i < 3; i++) b[m][i] = load4(x + m * 384 + i * 128 + lane * 4);
-    const int top = t == 3 ? -2 : 2;  // the last plane of the last column block is the sign
-    float total[GROUPS][COLUMNS][4] = {}, rest[GROUPS][4], factor[4];
-#pragma unroll
-    for (int s = 0; s < GROUPS; s++) {
-        load_rest(rest[s], stage, s, g);
-        if constexpr (FORM == BINARY)
-#pragma unroll
-            for (int i = 0; i < 4; i++) rest[s][i] = -rest[s][i];
-    }
-#pragma unroll
-    for (int p = 0; p < Q; p++) {
-        const uint4 v = load16(stage + p * 512 + lane * 16);
-        const u32 w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int s = 0; s < GROUPS; s++) {
-            if constexpr (FORM == BINARY) {
-                load_four<SCALE>(factor, stage + COEF_AT + s * COEF_ROW + p * 32 * COEF_SIZE + g * 4 * COEF_SIZE);
-#pragma unroll
-                for (int i = 0; i < 4; i++) rest[s][i] += factor[i];
-            }
-            const u32 mask = GROUPS == 1 ? ~0u : GROUPS == 2 ? 0x00ff00ffu << 8 * s : 0x000f000fu << 4 * s;
-#pragma unroll
-            for (int m = 0; m < COLUMNS; m++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    int c[3][4];
-#pragma unroll
-                    for (int i = 0; i < 3; i++) mma_bits(c[i], w[2 * half], w[2 * half + 1], b[m][i] & mask);
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        const int high = c[2][2 * j] + top * c[2][2 * j + 1], middle = c[1][2 * j] + 2 * c[1][2 * j + 1];
-                        const int units = (high * 256 + middle) * 256 + c[0][2 * j] + 2 * c[0][2 * j + 1];
-                        float& to = total[s][m][2 * half + j];
-                        to = fmaf(FORM == BINARY ? factor[2 * half + j] : (float)(1 << p), (float)units, to);
-                    }
-                }
-        }
-    }
-#pragma unroll
-    for (int s = 0; s < GROUPS; s++) {
-        if constexpr (FORM == AFFINE) {
-            load_four<SCALE>(factor, stage + COEF_AT + s * COEF_ROW + g * 4 * COEF_SIZE);
-        } else {
-            factor[0] = factor[1] = factor[2] = factor[3] = 1.f;
-        }
-#pragma unroll
-        for (int m = 0; m < COLUMNS; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                sum[m][i] = fmaf(total[s][m][i] * factor[i], facts[m], sum[m][i]);
-                minus[m][i] = fmaf(rest[s][i] * factor[i], facts[(1 + s) * COLUMNS + m], minus[m][i]);
-            }
-    }
-}
-
-// One 32 x 128 tile; sum[half][e] belongs to row 16 half + g + 8 (e / 2) of w and row 2t + e % 2 of x.
-template <int N>
-__device__ __forceinline__ void tile_halves(float (&sum)[N][4], u32 stage, u32 x, const float* facts, u32 pairs, int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    u32 b[16];
-#pragma unroll
-    for (int u = 0; u < 4; u++) {
-        // Columns without a row of x are zero.
-        const uint4 v = g < ROWS ? load16(x + u * ROWS * 64 + lane * 16) : make_uint4(0, 0, 0, 0);
-        b[4 * u] = v.x, b[4 * u + 1] = v.y, b[4 * u + 2] = v.z, b[4 * u + 3] = v.w;
-    }
-    float total[GROUPS][2][4] = {}, rest[GROUPS][4], factor[4];
-#pragma unroll
-    for (int s = 0; s < GROUPS; s++) {
-        load_rest(rest[s], stage, s, g);
-        if constexpr (FORM == BINARY)
-#pragma unroll
-            for (int i = 0; i < 4; i++) rest[s][i] = -rest[s][i];
-    }
-    if constexpr (FORM == TABLE) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint4 v = load16(stage + 1024 * half + lane * 16), v8 = load16(stage + 1024 * half + 512 + lane * 16);
-            const u32 w[4] = {v.x, v.y, v.z, v.w}, w8[4] = {v8.x, v8.y, v8.z, v8.w};
-#pragma unroll
-            for (int u = 0; u < 4; u++)
-#pragma unroll
-                for (int r = 0; r < 4; r += 2)
-                    mma_half(total[u / (4 / GROUPS)][half], code_pair(pairs, w[u], r), code_pair(pairs, w8[u], r),
-                             code_pair(pairs, w[u], r + 1), code_pair(pairs, w8[u], r + 1), b[4 * u + r], b[4 * u + r + 1]);
-        }
-    } else {
-#pragma unroll
-        for (int p = 0; p < Q; p++) {
-            const uint4 v = load16(stage + p * 512 + lane * 16);
-            const u32 w[4] = {v.x, v.y, v.z, v.w}, w6[4] = {v.x >> 6, v.y >> 6, v.z >> 6, v.w >> 6};
-#pragma unroll
-            for (int s = 0; s < GROUPS; s++) {
-                if constexpr (FORM == BINARY) {
-                    load_four<SCALE>(factor, stage + COEF_AT + s * COEF_ROW + p * 32 * COEF_SIZE + g * 4 * COEF_SIZE);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) rest[s][i] += factor[i];
-                }
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float c[4] = {};
-#pragma unroll
-                    for (int j = s * 16 / GROUPS; j < (s + 1) * 16 / GROUPS; j += 2)
-                        mma_half(c, bit_pair(w[2 * half], w6[2 * half], j), bit_pair(w[2 * half + 1], w6[2 * half + 1], j),
-                                 bit_pair(w[2 * half], w6[2 * half], j + 1),
-                                 bit_pair(w[2 * half + 1], w6[2 * half + 1], j + 1), b[j], b[j + 1]);
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const float f = FORM == BINARY ? factor[2 * half + e / 2] : (float)(1 << p);
-                        total[s][half][e] = fmaf(f, c[e], total[s][half][e]);
-                    }
-                }
-            }
-        }
-    }
-    facts += 2 * t;
-#pragma unroll
-    for (int s = 0; s < GROUPS; s++) {
-        if constexpr (FORM != BINARY) {
-            load_four<SCALE>(factor, stage + COEF_AT + s * COEF_ROW + g * 4 * COEF_SIZE);
-        } else {
-            factor[0] = factor[1] = factor[2] = factor[3] = 1.f;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float f = factor[2 * half + e / 2];
-                sum[half][e] = fmaf(total[s][half][e] * f, facts[e % 2], sum[half][e]);
-                if constexpr (FORM != TABLE)
-                    sum[half][e] = fmaf(-rest[s][2 * half + e / 2] * f, facts[(1 + s) * COLUMNS + e % 2], sum[half][e]);
-            }
-    }
-}
-
-template <bool BITS, int N>
-__device__ __forceinline__ void tile(float (&sum)[N][4], float (&minus)[COLUMNS][4], u32 stage, u32 x, const float* facts,
-                                     u32 pairs, int lane) {
-    if constexpr (BITS) tile_bits(sum, minus, stage, x, facts, lane);
-    else tile_halves(sum, stage, x, facts, pairs, lane);
-}
+#include "lut_tiles.cuh"
 
 // What a warp found for a row tile, to its slot: [row of x][row of w].
-template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)[N][4], float (&minus)[COLUMNS][4], float final, int lane) {
+template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)[N][4], float (&minus)[N][4], float final, int lane) {
     const int g = lane >> 2, t = lane & 3;
-    if constexpr (ONE_BIT) {
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c++)
+    for (int i = 0; i < N; i++)
 #pragma unroll
-            for (int o = 0; o < 4; o++) {
-                float v = sum[c][o] * (float)(1 << 2 * t);  // lane t has planes 8i + 2t and 8i + 2t + 1
+        for (int e = 0; e < 4; e++) {
+            float v = sum[i][e];
+            if constexpr (MODE == BITS) {
+                v *= (float)(1 << 2 * t);
                 v += __shfl_xor_sync(~0u, v, 1);
                 v += __shfl_xor_sync(~0u, v, 2);
-                if (t == o) slot[c * 32 + g + 8 * o] = v * final - minus[c][o];
-                sum[c][o] = minus[c][o] = 0.f;
+                if (t == e) slot[g + 8 * e] = v * final - minus[i][e];
+            } else if constexpr (MODE == BYTES) {
+                v *= t & 1 ? 65536.f : 1.f;
+                v += __shfl_xor_sync(~0u, v, 1);
+                if ((t & 1) == e >> 1) slot[(2 * i + (t >> 1)) * 32 + g + 8 * e] = v * final - minus[i][e];
+            } else {
+                slot[(2 * t + e % 2) * 32 + 16 * i + g + 8 * (e / 2)] = v * final;
             }
-    } else {
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                slot[(2 * t + e % 2) * 32 + 16 * half + g + 8 * (e / 2)] = sum[half][e] * final;
-                sum[half][e] = 0.f;
-            }
-    }
+            sum[i][e] = minus[i][e] = 0.f;
+        }
 }
 
 // The table as 256 pairs of halves, scaled to fill their range, once for each lane; returns the scale's inverse.
@@ -358,14 +191,15 @@ lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const 
     }
     __syncthreads();
     let_next_start();
-    float sum[ONE_BIT ? COLUMNS : 2][4] = {}, minus[COLUMNS][4] = {};
+    constexpr int PARTS = MODE == BITS ? 1 : MODE == BYTES ? ROWS / 2 : 2;  // pairs of rows of x, or halves of a row tile
+    float sum[PARTS][4] = {}, minus[PARTS][4] = {};
     u32 stage = ring, ahead = ring + (STAGES - 1) * STAGE;
     for (int i = 0; i < mine; i++) {
         wait<STAGES - 2>();
         __syncwarp();
         if (i + STAGES - 1 < mine) run.fetch(ahead, policy, lane);
         commit();
-        tile<ONE_BIT>(sum, minus, stage, shared_address(prepared) + block * X_BLOCK, facts + block * FACTS * COLUMNS, pairs, lane);
+        add_tile<MODE>(sum, minus, stage, shared_address(prepared) + block * X_BLOCK, facts + block * FACTS * COLUMNS, pairs, lane);
         ahead = stage;
         stage = stage == ring + (STAGES - 1) * STAGE ? ring : stage + STAGE;
         if (++block == count || i + 1 == mine) {

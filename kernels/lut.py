@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -21,8 +21,10 @@ from .registry import Call, Kernel, register
 FORMS = {"affine": 0, "binary": 1, "table": 2}
 ZEROS = {"none": 0, "int": 1, "float": 2}
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+BITS, BYTES, HALVES = 0, 1, 2
 # Rows of x that one launch takes at most; its specialisations are for 1, 2, 4 and 8.
 MOST_ROWS = 8
+ROWS = {"affine": (1, 2, 4, 8), "binary": (1, 2, 4, 8), "table": (2, 4, 8)}
 GEMM, DENSE = "PPPPPPPiiiiiiii", "PPPPPiiiiiii"
 DENSE_WARPS = 8
 # Thread blocks that share k, the share of the multiprocessors that clusters of so many reach, and what sums cost.
@@ -41,9 +43,11 @@ class Shape:
     stages: int
 
     @property
-    def one_bit(self) -> bool:
-        """x as bit planes: up to two rows; more of them cost as much again, halves do not."""
-        return self.rows <= 2 and self.format.form != "table"
+    def mode(self) -> int:
+        """x as bits, bytes or halves: what each further row costs grows less from one to the next."""
+        if self.format.form == "table" or self.rows > 4:
+            return HALVES
+        return BITS if self.rows == 1 else BYTES
 
     @property
     def defines(self) -> build.Defines:
@@ -55,7 +59,7 @@ class Shape:
             ("LQ_SCALE", TYPES[SCALE_DTYPES[f.scale_dtype]]),
             ("LQ_X", TYPES[self.x_dtype]),
             ("LQ_ROWS", self.rows),
-            ("LQ_ONE_BIT", int(self.one_bit)),
+            ("LQ_MODE", self.mode),
             ("LQ_SUB", self.groups),
             ("LQ_WARPS", self.warps),
             ("LQ_STAGES", self.stages),
@@ -68,9 +72,9 @@ class Shape:
         stage = 512 * (4 if f.form == "table" else f.bits)
         stage += groups * 32 * factor * (f.bits if f.form == "binary" else 1)
         stage += groups * 32 * {"none": 0, "int": 2, "float": factor if f.form == "binary" else 4}[f.zero]
-        columns = self.rows if self.one_bit else 8
+        columns = 8 if self.mode == HALVES else self.rows
         slots = (tiles + self.warps - 1) * 32 * columns * 4
-        x = blocks * (self.rows * (384 if self.one_bit else 256) + (1 + groups) * columns * 4)
+        x = blocks * (self.rows * (384, 512, 256)[self.mode] + (1 + groups) * columns * 4)
         pairs = 256 * 32 * 4 if f.form == "table" else 0
         ring = self.warps * self.stages * stage
         # The sums of all row tiles take the ring's place at the end.
@@ -99,7 +103,7 @@ def groups_of(format: Format, k: int) -> int | None:
 
 def warps_of(format: Format, rows: int, groups: int) -> int:
     """Warps of a thread block: as many as their registers allow without spilling (ptxas -v, all variants)."""
-    wide = format.bits * max(groups, 1) * (1 if rows == 1 else 2)
+    wide = format.bits * max(groups, 1) * (1 if rows <= 2 else 2)
     return 16 if wide <= 16 and groups < 4 else 8
 
 
@@ -108,8 +112,8 @@ def cut(call: Call, x_dtype: torch.dtype, rows: int, sms: int, shared: int, clus
     """The best way to spread a call on `sms` multiprocessors of `shared` bytes; None where x does not fit.
 
     Times are in tiles of 32 x 128 at the rate at which memory delivers them to one of all multiprocessors. Measured
-    on an H200: one multiprocessor can take 1.5 times that (0.6 times with x as halves), a block and row of x costs
-    0.3 (0.2) of a tile to prepare, and a cluster's sums 15 or more. Of clusters of four or more, which must lie within
+    on an H200: one multiprocessor alone takes a tile in `limit`, a block and row of x costs `effort` to prepare, and a
+    cluster's sums 15 or more. Of clusters of four or more, which must lie within
     a part of the chip, not as many as the multiprocessors would hold run at once.
     """
     groups = groups_of(call.format, call.k)
@@ -119,7 +123,7 @@ def cut(call: Call, x_dtype: torch.dtype, rows: int, sms: int, shared: int, clus
     warps = warps_of(call.format, rows, groups)
     for stages, count in ((4, warps), (3, warps), (2, warps), (2, warps // 2), (2, warps // 4)):
         shape = Shape(call.format, x_dtype, rows, groups, count, stages)
-        limit, effort = (0.67, 0.3) if shape.one_bit else (1.6, 0.2)
+        limit, effort = ((0.67, 0.3), (0.8 if rows == 2 else 1.25, 0.2), (1.6, 0.2))[shape.mode]
         for split, usable, sums in CLUSTERS if clusters else CLUSTERS[:1]:
             if split > blocks:
                 break
@@ -176,13 +180,12 @@ def launcher(call: Call, x_dtype: torch.dtype, rows: int, device_index: int) -> 
 def _pointers(parts: Sequence[Tensor], call: Call) -> tuple[int, int, int, int]:
     """Addresses of the planes, the scale or alpha, the zero or offset, and the table; 0 for what there is not."""
     f = call.format
-    names = LUT.names(f, "cuda")
-    for name, part in zip(names, parts, strict=True):
-        if part.data_ptr() & 15 or not part.is_cuda:
-            raise ArgumentError(f"parts.{name}", hex(part.data_ptr()), "a CUDA tensor at a multiple of 16 bytes")
-    zero = parts[2].data_ptr() if f.zero != "none" else 0
-    table = parts[-1].data_ptr() if f.form == "table" else 0
-    return parts[0].data_ptr(), parts[1].data_ptr(), zero, table
+    at = [part.data_ptr() for part in parts]
+    for i, address in enumerate(at):
+        if address & 15 or not parts[i].is_cuda:
+            name = LUT.names(f, "cuda")[i]
+            raise ArgumentError(f"parts.{name}", hex(address), "a CUDA tensor at a multiple of 16 bytes")
+    return at[0], at[1], at[2] if f.zero != "none" else 0, at[-1] if f.form == "table" else 0
 
 
 def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
@@ -194,11 +197,9 @@ def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, ou
     at = 0
     while at < x.shape[0]:
         left = min(x.shape[0] - at, MOST_ROWS)
-        rows = next(r for r in (1, 2, 4, 8) if r >= left)
-        if call.format.form == "table":
-            rows = max(rows, 2)
+        rows = next(r for r in ROWS[call.format.form] if r >= left)
         run = launcher(call, x.dtype, rows, index)
-        while run is None and rows > 1:
+        while run is None and rows > ROWS[call.format.form][0]:
             rows //= 2
             run = launcher(call, x.dtype, rows, index)
         if run is None:
@@ -310,12 +311,10 @@ def _variants() -> Iterator[tuple[str, str, build.Defines]]:
         (Format("table", 4, 64, "none", "bfloat16"), bfloat),
     ]
     for f, x_dtype in formats:
-        for rows in (2, 8):
+        for rows in ROWS[f.form]:
             groups = groups_of(f, 1024) or 0
             shape = Shape(f, x_dtype, rows, groups, warps_of(f, rows, groups), 2)
             yield "lut.cu", "lut_gemm", shape.defines
-            if rows == 2 and f.form != "table":
-                yield "lut.cu", "lut_gemm", replace(shape, rows=1).defines
         yield "lut_dense.cu", "lut_dense", dense_defines(f, x_dtype)
 
 

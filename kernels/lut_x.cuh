@@ -1,4 +1,4 @@
-// x, prepared in shared memory for lut.cu: as bit planes (ONE_BIT) or as scaled halves. Included by lut.cu, whose
+// x, prepared in shared memory for lut.cu: as bit planes or bytes of fixed point, or as scaled halves. Included by lut.cu, whose
 // constants it uses.
 
 // The exponent e with |x| < 2^e for every x of a block, from the greatest |x| as bits. Tiny blocks keep e at -100.
@@ -8,7 +8,7 @@ __device__ __forceinline__ float power(int e) { return as_float((u32)(e + 127) <
 // What one unit of a prepared x is worth, times FINAL's 2^-33 so that it stays in range; NaN if any x is not finite.
 __device__ __forceinline__ float unit(u32 greatest) {
     if (greatest >= 0x7f800000u) return as_float(0x7fc00000u);
-    return power(exponent(greatest) - (ONE_BIT ? 23 : 24));
+    return power(exponent(greatest) - (MODE == HALVES ? 24 : 23));
 }
 
 // Starts the copy of eight 16-bit numbers of which `left` exist; the others are zero. `wide`: 16 bytes at
@@ -84,6 +84,49 @@ __device__ __forceinline__ void prepare_bits(unsigned char* planes, float* facts
         facts[(1 + (lane >> 2) / (4 / GROUPS)) * COLUMNS] = (float)sum * worth;
 }
 
+// A block of one row of x as 24-bit fixed point, times 2^(7 - j) for the bit j of a byte that an input meets, cut into
+// four signed bytes. Lane 16jh + 4r + t has inputs 32(2uh + jh) + 16h + 4r + t; word [jh][row, limb, t][r] is limb
+// `limb` of the four with (h, uh) = 00, 01, 10, 11: what lane 4g + t of mma.m16n8k32 reads for column g = (row, limb).
+__device__ __forceinline__ void prepare_bytes(unsigned char* to, float* facts, const u16 (&inputs)[4], int lane) {
+    const int jh = lane >> 4, r = lane >> 2 & 3, t = lane & 3;
+    float f[4];
+    u32 greatest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        f[i] = to_float<XTYPE>(inputs[i]);
+        greatest = max(greatest, __float_as_uint(f[i]) & 0x7fffffffu);
+    }
+    greatest = __reduce_max_sync(~0u, greatest);
+    const float up = power(23 - exponent(greatest));
+    u32 limbs[4];
+    int sum[2] = {};  // of uh = 0 and 1
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int fixed = __float2int_rn(f[i] * up);
+        sum[i & 1] += fixed;
+        // Bytes of v + 128 (1 + 256 + ...), less 128 each, are signed digits of v.
+        limbs[i] = ((u32)(fixed << (7 - 4 * jh - r)) + 0x80808080u) ^ 0x80808080u;
+    }
+    const u32 low0 = __byte_perm(limbs[0], limbs[1], 0x5140), low1 = __byte_perm(limbs[2], limbs[3], 0x5140);
+    const u32 high0 = __byte_perm(limbs[0], limbs[1], 0x7362), high1 = __byte_perm(limbs[2], limbs[3], 0x7362);
+    u32* words = (u32*)(to + jh * 512 + t * 16 + r * 4);
+    words[0] = __byte_perm(low0, low1, 0x5410), words[16] = __byte_perm(low0, low1, 0x7632);
+    words[32] = __byte_perm(high0, high1, 0x5410), words[48] = __byte_perm(high0, high1, 0x7632);
+    const float worth = unit(greatest);
+    if (lane == 31) facts[0] = worth;
+    if constexpr (GROUPS == 1) {
+        sum[0] = __reduce_add_sync(~0u, sum[0] + sum[1]);
+        if (lane == 0) facts[COLUMNS] = (float)sum[0] * worth;
+    } else {
+#pragma unroll
+        for (int uh = 0; uh < 2; uh++) {
+            // Group 2uh + jh of 32 inputs, or group uh of 64.
+            const int found = __reduce_add_sync(GROUPS == 2 ? ~0u : jh ? 0xffff0000u : 0xffffu, sum[uh]);
+            if ((lane & (GROUPS == 2 ? 31 : 15)) == 0) facts[(1 + (GROUPS == 2 ? uh : 2 * uh + jh)) * COLUMNS] = (float)found * worth;
+        }
+    }
+}
+
 // A block of two rows of x as pairs of halves, scaled to fill their range and, for bit planes, by 2^-position of the
 // bit that a pair meets. Lane 16 row + 4u + r has inputs 32u + 16h + 4r + t; the pair of h = 0, 1 is word
 // [u][4 row + t][r], as lanes 4 row + t read it.
@@ -117,21 +160,33 @@ __device__ __forceinline__ void prepare_halves(unsigned char* to, float* facts, 
 
 // One block of x, prepared by one warp where fetch_x put it.
 __device__ __forceinline__ void prepare(unsigned char* at, float* facts, int lane) {
-    constexpr int PARTS = ONE_BIT ? ROWS : ROWS / 2;
-    uint2 inputs[PARTS][2];
+    if constexpr (MODE == BITS) {
+        const uint2 inputs = ((const uint2*)at)[(lane >> 2 & 3) * 8 + (lane >> 4) * 4 + (lane & 3)];
+        __syncwarp();
+        prepare_bits(at, facts, inputs, lane);
+    } else if constexpr (MODE == BYTES) {
+        u16 inputs[ROWS][4];
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-        const int row = ONE_BIT ? i : 2 * i + (lane >> 4), first = (lane >> 2 & 3) * 32 + (lane & 3) * 4;
-        const uint2* from = (const uint2*)(at + row * 256 + first * 2);
-        inputs[i][0] = ONE_BIT ? from[4 * (lane >> 4)] : from[0];
-        if constexpr (!ONE_BIT) inputs[i][1] = from[4];
-    }
-    __syncwarp();
+        for (int row = 0; row < ROWS; row++)
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-        const int row = ONE_BIT ? i : 2 * i + (lane >> 4);
-        if constexpr (ONE_BIT) prepare_bits(at + row * 384, facts + row, inputs[i][0], lane);
-        else prepare_halves(at + row * 64, facts + row, inputs[i], lane);
+            for (int i = 0; i < 4; i++)
+                inputs[row][i] = ((const u16*)at)[row * 128 + (i & 1) * 64 + (lane >> 4) * 32 + (i >> 1) * 16 + (lane & 15)];
+        __syncwarp();
+#pragma unroll
+        for (int row = 0; row < ROWS; row++)
+            prepare_bytes(at + row / 2 * 1024 + row % 2 * 256, facts + row, inputs[row], lane);
+    } else {
+        uint2 inputs[(ROWS + 1) / 2][2];
+#pragma unroll
+        for (int i = 0; i < ROWS / 2; i++) {
+            const uint2* from = (const uint2*)(at + (2 * i + (lane >> 4)) * 256 + (lane >> 2 & 3) * 64 + (lane & 3) * 8);
+            inputs[i][0] = from[0], inputs[i][1] = from[4];
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < ROWS / 2; i++) {
+            const int row = 2 * i + (lane >> 4);
+            prepare_halves(at + row * 64, facts + row, inputs[i], lane);
+        }
     }
 }
-

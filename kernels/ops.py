@@ -71,19 +71,29 @@ def _launch(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call,
     x, out = x.reshape(-1, call.k).contiguous(), out.view(-1, call.n)
     for limit, kernel in parse_route(route):
         if limit is None or x.shape[0] <= limit:
-            refusal = kernel.accepts(call, x.dtype, x.device.type)
-            if refusal is None and (call.layout not in kernel.layouts or x.device.type not in kernel.devices):
-                refusal = f"{' | '.join(kernel.layouts)} on {' | '.join(kernel.devices)}"
+            refusal = _refusal(kernel, call, x.dtype, x.device.type)
             if refusal is not None:
                 raise ArgumentError("route", route, f"for {call} on {x.device}, kernel {kernel.name}: {refusal}")
             return kernel.run(x, parts, bias, call, out)
+
+
+@functools.lru_cache(maxsize=4096)
+def _refusal(kernel: registry.Kernel, call: Call, x_dtype: torch.dtype, device: str) -> str | None:
+    if call.layout not in kernel.layouts or device not in kernel.devices:
+        return f"{' | '.join(kernel.layouts)} on {' | '.join(kernel.devices)}"
+    return kernel.accepts(call, x_dtype, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _call(layout: str, format: str, n: int, k: int) -> Call:
+    return Call(layout, Format.parse(format), n, k)
 
 
 def _extern(*args: Any, out: Tensor) -> None:
     """What Inductor's generated code calls: x, parts, [bias], then the constants. No dispatcher, no allocation."""
     *tensors, layout, n, k, format, route, has_bias = args
     bias = tensors.pop() if has_bias else None
-    _launch(tensors[0], tensors[1:], bias, Call(layout, Format.parse(format), n, k), route, out)
+    _launch(tensors[0], tensors[1:], bias, _call(layout, format, n, k), route, out)
 
 
 def _define(layout: str) -> Any:
@@ -92,7 +102,7 @@ def _define(layout: str) -> Any:
     op = getattr(getattr(torch.ops.lq, name), VERSION)
 
     def run(x: Tensor, parts: list[Tensor], bias: Tensor | None, n: int, k: int, format: str, route: str) -> Tensor:
-        call = Call(layout, Format.parse(format), n, k)
+        call = _call(layout, format, n, k)
         out = x.new_empty((*x.shape[:-1], n))
         _launch(x, parts, bias, call, route, out)
         return out

@@ -27,8 +27,16 @@ class Call:
     n: int
     k: int
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.layout, self.format, self.n, self.k))
 
-@dataclass(frozen=True)
+    def __hash__(self) -> int:
+        # Each launch looks itself up by its call.
+        return self._hash
+
+
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One way to run a packed matmul.
 
