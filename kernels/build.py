@@ -28,6 +28,8 @@ OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 MAX_CLUSTER = 8
 # Shared memory (bytes) that a block may have without asking for more.
 FREE_SHARED = 48 * 1024
+# Every function that was loaded, for whoever wants to look at what the compiler made of it.
+LOADED: list[Function] = []
 # Two threads that want one kernel must not load it twice.
 _LOADING = threading.Lock()
 
@@ -359,6 +361,7 @@ def _load(image: bytes, entry: str, signature: str, device_index: int, shared_by
             _check_signature(function, handle)
             if function.shared_bytes + shared_bytes > FREE_SHARED:
                 driver("cuFuncSetAttribute", handle, 8, shared_bytes)
+    LOADED.append(function)
     return function
 
 

@@ -1,7 +1,8 @@
 // LUT-GEMM's bit planes (arXiv 2206.09557), multiplied by tensor cores instead of looked up: y[m, n] = x[m, k] w[n, k].
 //
-// A weight is q bits; plane p holds bit p of every weight. w = sum_p coef_p bit_p - rest, coef and rest constant in a
-// group, so y = sum_groups (sum_p coef_p (bit_p . x) - rest sum(x)). bit_p . x comes from a tensor core, in one of three ways:
+// A weight is q bits; plane p holds bit p of every weight. In a group w = scale (sum_p 2^p bit_p - zero), or with bits
+// as -1 and 1 sum_p alpha_p bit_p + offset, so y needs bit_p . x, and what x alone adds up to: taken off before anything
+// is rounded. bit_p . x comes from a tensor core, in one of three ways:
 //   BITS    one row: x becomes 24-bit fixed point, one exponent for each 128 inputs; its bit planes are the columns of
 //           mma.m16n8k128.b1 (AND, popcount). Nothing is unpacked at all.
 //   BYTES   up to 4 rows: the fixed point is cut into four signed limbs; two rows of x are the 8 columns of
@@ -41,11 +42,14 @@ constexpr int COEF_ROW = COEFS * 32 * COEF_SIZE, ZERO_ROW = ZERO ? 32 * ZERO_SIZ
 constexpr int COEF_AT = SLABS * 512, ZERO_AT = COEF_AT + GROUPS * COEF_ROW, STAGE = ZERO_AT + GROUPS * ZERO_ROW;
 constexpr int COLUMNS = MODE == HALVES ? 8 : ROWS;   // rows of x that are kept apart
 constexpr int X_BLOCK = ROWS * (MODE == BITS ? 384 : MODE == BYTES ? 512 : 256);  // bytes of a block of 128 inputs
-constexpr int FACTS = 1 + GROUPS;                    // floats a block and row of x: its unit, its sum in each group
+constexpr int SHARES = MODE == BITS ? 4 : MODE == BYTES ? 2 : 1;  // lanes that share a product
+// Numbers about a block and row of x: its unit and, for each group and lane's share, the product with nothing but ones.
+constexpr int FACTS = 1 + GROUPS * SHARES;
 constexpr int SLOT = 32 * COLUMNS;                   // floats of a slot
 constexpr int PAIRS_AT = WARPS * STAGES * STAGE, SLOTS_AT = PAIRS_AT + (FORM == TABLE ? 32768 : 0);
-// What a sum is worth at the end: limbs were multiplied by 2^7, units of halves divided by 2^33 (see unit()).
-constexpr float FINAL = (MODE == BITS ? 1.f : MODE == BYTES ? 1.f / 128 : 8589934592.f) * (FORM == BINARY ? 2.f : 1.f);
+// What a sum is worth at the end. Limbs were multiplied by 2^7, units of halves divided by 2^33 (see unit()) and, for
+// binary weights, products by 2.
+constexpr float FINAL = MODE == BITS ? 1.f : MODE == BYTES ? 1.f / 128 : FORM == BINARY ? 17179869184.f : 8589934592.f;
 
 extern __shared__ __align__(128) unsigned char shared[];
 
@@ -102,7 +106,7 @@ struct Run {
 #include "lut_tiles.cuh"
 
 // What a warp found for a row tile, to its slot: [row of x][row of w].
-template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)[N][4], float (&minus)[N][4], float final, int lane) {
+template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)[N][4], float final, int lane) {
     const int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int i = 0; i < N; i++)
@@ -113,15 +117,15 @@ template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)
                 v *= (float)(1 << 2 * t);
                 v += __shfl_xor_sync(~0u, v, 1);
                 v += __shfl_xor_sync(~0u, v, 2);
-                if (t == e) slot[g + 8 * e] = v * final - minus[i][e];
+                if (t == e) slot[g + 8 * e] = v * final;
             } else if constexpr (MODE == BYTES) {
                 v *= t & 1 ? 65536.f : 1.f;
                 v += __shfl_xor_sync(~0u, v, 1);
-                if ((t & 1) == e >> 1) slot[(2 * i + (t >> 1)) * 32 + g + 8 * e] = v * final - minus[i][e];
+                if ((t & 1) == e >> 1) slot[(2 * i + (t >> 1)) * 32 + g + 8 * e] = v * final;
             } else {
                 slot[(2 * t + e % 2) * 32 + 16 * i + g + 8 * (e / 2)] = v * final;
             }
-            sum[i][e] = minus[i][e] = 0.f;
+            sum[i][e] = 0.f;
         }
 }
 
@@ -192,19 +196,19 @@ lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const 
     __syncthreads();
     let_next_start();
     constexpr int PARTS = MODE == BITS ? 1 : MODE == BYTES ? ROWS / 2 : 2;  // pairs of rows of x, or halves of a row tile
-    float sum[PARTS][4] = {}, minus[PARTS][4] = {};
+    float sum[PARTS][4] = {};
     u32 stage = ring, ahead = ring + (STAGES - 1) * STAGE;
     for (int i = 0; i < mine; i++) {
         wait<STAGES - 2>();
         __syncwarp();
         if (i + STAGES - 1 < mine) run.fetch(ahead, policy, lane);
         commit();
-        add_tile<MODE>(sum, minus, stage, shared_address(prepared) + block * X_BLOCK, facts + block * FACTS * COLUMNS, pairs, lane);
+        add_tile<MODE>(sum, stage, shared_address(prepared) + block * X_BLOCK, facts + block * FACTS * COLUMNS, pairs, lane);
         ahead = stage;
         stage = stage == ring + (STAGES - 1) * STAGE ? ring : stage + STAGE;
         if (++block == count || i + 1 == mine) {
             // Along the runs, row + warp grows with each change of either: no two share a slot.
-            flush(slots + (row + warp) * SLOT, sum, minus, final, lane);
+            flush(slots + (row + warp) * SLOT, sum, final, lane);
             block = 0;
             row++;
         }

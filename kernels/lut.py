@@ -25,6 +25,8 @@ BITS, BYTES, HALVES = 0, 1, 2
 # Rows of x that one launch takes at most; its specialisations are for 1, 2, 4 and 8.
 MOST_ROWS = 8
 ROWS = {"affine": (1, 2, 4, 8), "binary": (1, 2, 4, 8), "table": (2, 4, 8)}
+# Which of them takes so many rows.
+_ROWS = {form: [next(r for r in rows if r >= m) for m in range(MOST_ROWS + 1)] for form, rows in ROWS.items()}
 GEMM, DENSE = "PPPPPPPiiiiiiii", "PPPPPiiiiiii"
 DENSE_WARPS = 8
 # Thread blocks that share k, the share of the multiprocessors that clusters of so many reach, and what sums cost.
@@ -74,7 +76,7 @@ class Shape:
         stage += groups * 32 * {"none": 0, "int": 2, "float": factor if f.form == "binary" else 4}[f.zero]
         columns = 8 if self.mode == HALVES else self.rows
         slots = (tiles + self.warps - 1) * 32 * columns * 4
-        x = blocks * (self.rows * (384, 512, 256)[self.mode] + (1 + groups) * columns * 4)
+        x = blocks * (self.rows * (384, 512, 256)[self.mode] + (1 + groups * (4, 2, 1)[self.mode]) * columns * 4)
         pairs = 256 * 32 * 4 if f.form == "table" else 0
         ring = self.warps * self.stages * stage
         # The sums of all row tiles take the ring's place at the end.
@@ -96,15 +98,14 @@ def groups_of(format: Format, k: int) -> int | None:
     """Groups that share a block of 128 inputs, 0 where a group spans more; None where lut.cu has no way."""
     if format.group in (32, 64, 128):
         return 128 // format.group
-    if format.group == k:
-        return 1 if k <= 128 else 0
-    return 0 if format.group % 128 == 0 else None
+    return 0 if format.group % 128 == 0 or format.group == k else None
 
 
 def warps_of(format: Format, rows: int, groups: int) -> int:
-    """Warps of a thread block: as many as their registers allow without spilling (ptxas -v, all variants)."""
-    wide = format.bits * max(groups, 1) * (1 if rows <= 2 else 2)
-    return 16 if wide <= 16 and groups < 4 else 8
+    """Warps of a thread block: 16 where their registers allow it without spilling (ptxas -v over all variants)."""
+    if rows == 4 and format.form != "table":
+        return 16 if groups <= 1 and format.bits <= 4 else 8
+    return 16 if groups < 4 and format.bits * max(groups, 1) <= (8 if rows == 8 else 12) else 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,7 +122,7 @@ def cut(call: Call, x_dtype: torch.dtype, rows: int, sms: int, shared: int, clus
     all_tiles, blocks = -(-call.n // 32), -(-call.k // 128)
     best: tuple[float, Cut] | None = None
     warps = warps_of(call.format, rows, groups)
-    for stages, count in ((4, warps), (3, warps), (2, warps), (2, warps // 2), (2, warps // 4)):
+    for stages, count in ((3, warps), (2, warps), (2, warps // 2), (2, warps // 4)):
         shape = Shape(call.format, x_dtype, rows, groups, count, stages)
         limit, effort = ((0.67, 0.3), (0.8 if rows == 2 else 1.25, 0.2), (1.6, 0.2))[shape.mode]
         for split, usable, sums in CLUSTERS if clusters else CLUSTERS[:1]:
@@ -194,10 +195,10 @@ def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, ou
         # A look-up needs the whole table in shared memory, for every lane.
         return dense.run(x, parts, bias, call, out)
     addresses, stream = _pointers(parts, call), torch._C._cuda_getCurrentRawStream(index)
-    at = 0
-    while at < x.shape[0]:
-        left = min(x.shape[0] - at, MOST_ROWS)
-        rows = next(r for r in ROWS[call.format.form] if r >= left)
+    at, m, b = 0, x.shape[0], 0 if bias is None else bias.data_ptr()
+    while at < m:
+        left = min(m - at, MOST_ROWS)
+        rows = _ROWS[call.format.form][left]
         run = launcher(call, x.dtype, rows, index)
         while run is None and rows > ROWS[call.format.form][0]:
             rows //= 2
@@ -205,7 +206,8 @@ def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, ou
         if run is None:
             return dense.run(x[at:], parts, bias, call, out[at:])
         end = at + min(left, rows)
-        run(x[at:end], addresses, 0 if bias is None else bias.data_ptr(), out[at:end], stream)
+        whole = at == 0 and end == m
+        run(x if whole else x[at:end], addresses, b, out if whole else out[at:end], stream)
         at = end
 
 
@@ -269,6 +271,8 @@ def dequantize(parts: Sequence[Tensor], call: Call, dtype: torch.dtype) -> Tenso
     if dtype not in (torch.float16, torch.bfloat16) or groups is None or not build.has_nvrtc():
         return None
     out = parts[0].new_empty((call.n, call.k), dtype=dtype)
+    if out.numel() == 0:
+        return out
     function = build.load_cuda("lut_dense.cu", "lut_dense", DENSE, dense_defines(f, dtype), out.device.index)
     units = -(-call.n // 32) * -(-call.k // 128)
     stored = LUT.shapes(f, call.n, call.k, "cuda")[1][0][1]

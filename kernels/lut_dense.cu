@@ -64,27 +64,26 @@ lut_dense(Bytes planes, const void* scale, const void* zero, const float* table,
                 const int which_word = NIBBLES ? u : o;
                 const uint4 v = NIBBLES ? slab[0] : slab[p];
                 word[p] = which_word == 0 ? v.x : which_word == 1 ? v.y : which_word == 2 ? v.z : v.w;
+                if constexpr (!NIBBLES) word[p] >>= 4 * u;
             }
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const int h = i >> 2, r = i & 3;
-                u32 code = 0;
-                if constexpr (NIBBLES) {
-                    code = word[0] >> (8 * r + 4 * h) & 15;
-                } else {
-#pragma unroll
-                    for (int p = 0; p < Q; p++) code |= (word[p] >> (4 * u) >> (16 * h + r) & 1) << p;
-                }
+                const int h = i >> 2, r = i & 3, at_bit = 16 * h + r;
                 float v;
                 if constexpr (FORM == BINARY) {
-                    sum_t sum = 0;
+                    sum_t sum = z;
 #pragma unroll
-                    for (int p = 0; p < Q; p++) sum += code >> p & 1 ? alpha[p] : -alpha[p];
-                    v = (float)(sum + z);
-                } else if constexpr (FORM == TABLE) {
-                    v = levels[code] * s;
+                    for (int p = 0; p < Q; p++) {
+                        if constexpr (SCALE == FLOAT) sum += word[p] >> at_bit & 1 ? alpha[p] : -alpha[p];
+                        else sum += as_float(__float_as_uint(-alpha[p]) ^ (word[p] << (31 - at_bit) & 0x80000000u));
+                    }
+                    v = (float)sum;
                 } else {
-                    v = ((float)code - z) * s;
+                    u32 code = NIBBLES ? word[0] >> (8 * r + 4 * h) & 15 : 0;
+                    if constexpr (!NIBBLES)
+#pragma unroll
+                        for (int p = 0; p < Q; p++) code |= (at_bit > p ? word[p] >> (at_bit - p) : word[p] << (p - at_bit)) & 1 << p;
+                    v = FORM == TABLE ? levels[code] * s : ((float)code - z) * s;
                 }
                 rows[warp][g * PITCH + 32 * u + 16 * h + 4 * r + t] = rounded<OUT>(v);
             }

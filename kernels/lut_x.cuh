@@ -1,6 +1,11 @@
 // x, prepared in shared memory for lut.cu: as bit planes or bytes of fixed point, or as scaled halves. Included by lut.cu, whose
 // constants it uses.
 
+// Where a word of the planes holds the inputs of group s of a block.
+__device__ __forceinline__ u32 bits_of_group(int s) {
+    return GROUPS == 1 ? ~0u : GROUPS == 2 ? 0x00ff00ffu << 8 * s : 0x000f000fu << 4 * s;
+}
+
 // The exponent e with |x| < 2^e for every x of a block, from the greatest |x| as bits. Tiny blocks keep e at -100.
 __device__ __forceinline__ int exponent(u32 greatest) { return max((int)(greatest >> 23) - 126, -100); }
 __device__ __forceinline__ float power(int e) { return as_float((u32)(e + 127) << 23); }
@@ -49,22 +54,9 @@ __device__ __forceinline__ void prepare_bits(unsigned char* planes, float* facts
     for (int t = 0; t < 4; t++) greatest = max(greatest, __float_as_uint(f[t]) & 0x7fffffffu);
     greatest = __reduce_max_sync(~0u, greatest);
     const float up = power(23 - exponent(greatest));
-    int sum = 0;
     u32 v[4];
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-        const int fixed = __float2int_rn(f[t] * up);
-        sum += fixed;
-        v[t] = fixed;
-    }
-    if constexpr (GROUPS == 1) {
-        sum = __reduce_add_sync(~0u, sum);
-    } else {
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        sum += __shfl_xor_sync(~0u, sum, 16);
-        if constexpr (GROUPS == 2) sum += __shfl_xor_sync(~0u, sum, 4);
-    }
+    for (int t = 0; t < 4; t++) v[t] = __float2int_rn(f[t] * up);
     // Transposes four 32 x 32 matrices of bits: lane and bit change places, halves of halves at a time.
 #pragma unroll
     for (int step = 4; step >= 0; step--) {
@@ -78,10 +70,19 @@ __device__ __forceinline__ void prepare_bits(unsigned char* planes, float* facts
         }
     }
     if (lane < 24) ((uint4*)planes)[lane] = make_uint4(v[0], v[1], v[2], v[3]);
-    const float worth = unit(greatest);
-    if (lane == 31) facts[0] = worth;
-    if ((lane & (GROUPS == 1 ? 31 : GROUPS == 2 ? ~8 & 31 : ~12 & 31)) == 0)
-        facts[(1 + (lane >> 2) / (4 / GROUPS)) * COLUMNS] = (float)sum * worth;
+    if (lane == 31) facts[0] = unit(greatest);
+#pragma unroll
+    for (int s = 0; s < GROUPS; s++) {
+        const u32 mask = bits_of_group(s);
+        const int set = __popc(v[0] & mask) + __popc(v[1] & mask) + __popc(v[2] & mask) + __popc(v[3] & mask);
+        // Planes 2t, 2t + 1, 8 + 2t, ... are lane t's of the product: twice 256^i for the odd ones, the last negative.
+        int share = lane < 24 ? set << (lane >> 3) * 8 + (lane & 1) : 0;
+        if (lane == 23) share = -share;
+        share += __shfl_xor_sync(~0u, share, 1);
+        share += __shfl_xor_sync(~0u, share, 8);
+        share += __shfl_xor_sync(~0u, share, 16);
+        if ((lane & 25) == 0) facts[(1 + s * SHARES + (lane >> 1)) * COLUMNS] = __int_as_float(share);
+    }
 }
 
 // A block of one row of x as 24-bit fixed point, times 2^(7 - j) for the bit j of a byte that an input meets, cut into
@@ -99,30 +100,35 @@ __device__ __forceinline__ void prepare_bytes(unsigned char* to, float* facts, c
     greatest = __reduce_max_sync(~0u, greatest);
     const float up = power(23 - exponent(greatest));
     u32 limbs[4];
-    int sum[2] = {};  // of uh = 0 and 1
+    int shares[2][2] = {};  // of uh = 0 and 1: what two low and two high limbs add up to, as the product will count them
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const int fixed = __float2int_rn(f[i] * up);
-        sum[i & 1] += fixed;
+        const int j = 4 * jh + r, v = __float2int_rn(f[i] * up) << (7 - j);
         // Bytes of v + 128 (1 + 256 + ...), less 128 each, are signed digits of v.
-        limbs[i] = ((u32)(fixed << (7 - 4 * jh - r)) + 0x80808080u) ^ 0x80808080u;
+        limbs[i] = ((u32)v + 0x80808080u) ^ 0x80808080u;
+        const int digits = (signed char)limbs[i] + 256 * (signed char)(limbs[i] >> 8);
+        shares[i & 1][0] += digits << j;
+        shares[i & 1][1] += ((v - digits) >> 16) << j;
     }
     const u32 low0 = __byte_perm(limbs[0], limbs[1], 0x5140), low1 = __byte_perm(limbs[2], limbs[3], 0x5140);
     const u32 high0 = __byte_perm(limbs[0], limbs[1], 0x7362), high1 = __byte_perm(limbs[2], limbs[3], 0x7362);
     u32* words = (u32*)(to + jh * 512 + t * 16 + r * 4);
     words[0] = __byte_perm(low0, low1, 0x5410), words[16] = __byte_perm(low0, low1, 0x7632);
     words[32] = __byte_perm(high0, high1, 0x5410), words[48] = __byte_perm(high0, high1, 0x7632);
-    const float worth = unit(greatest);
-    if (lane == 31) facts[0] = worth;
-    if constexpr (GROUPS == 1) {
-        sum[0] = __reduce_add_sync(~0u, sum[0] + sum[1]);
-        if (lane == 0) facts[COLUMNS] = (float)sum[0] * worth;
-    } else {
+    if (lane == 31) facts[0] = unit(greatest);
 #pragma unroll
-        for (int uh = 0; uh < 2; uh++) {
-            // Group 2uh + jh of 32 inputs, or group uh of 64.
-            const int found = __reduce_add_sync(GROUPS == 2 ? ~0u : jh ? 0xffff0000u : 0xffffu, sum[uh]);
-            if ((lane & (GROUPS == 2 ? 31 : 15)) == 0) facts[(1 + (GROUPS == 2 ? uh : 2 * uh + jh)) * COLUMNS] = (float)found * worth;
+    for (int pair = 0; pair < 2; pair++) {
+        if constexpr (GROUPS == 1) {
+            const int found = __reduce_add_sync(~0u, shares[0][pair] + shares[1][pair]);
+            if (lane == 0) facts[(1 + pair) * COLUMNS] = __int_as_float(found);
+        } else {
+#pragma unroll
+            for (int uh = 0; uh < 2; uh++) {
+                // Group 2uh + jh of 32 inputs, or group uh of 64.
+                const int found = __reduce_add_sync(GROUPS == 2 ? ~0u : jh ? 0xffff0000u : 0xffffu, shares[uh][pair]);
+                const int group = GROUPS == 2 ? uh : 2 * uh + jh;
+                if ((lane & (GROUPS == 2 ? 31 : 15)) == 0) facts[(1 + group * SHARES + pair) * COLUMNS] = __int_as_float(found);
+            }
         }
     }
 }
@@ -155,7 +161,10 @@ __device__ __forceinline__ void prepare_halves(unsigned char* to, float* facts, 
     for (int t = 0; t < 4; t++)
         *(u32*)(to + u * ROWS * 64 + t * 16 + r * 4) = two_halves(f[0][t] * fill * up, f[1][t] * fill * up);
     if ((lane & 15) == 15) facts[0] = unit(greatest);
-    if ((lane & (GROUPS == 1 ? 15 : GROUPS == 2 ? 7 : 3)) == 0) facts[(1 + u / (4 / GROUPS)) * COLUMNS] = sum * (1.f / FINAL);
+    // The sum in units of the product; in two factors, for the same reason.
+    const int less = -9 - exponent(greatest);
+    if ((lane & (GROUPS == 1 ? 15 : GROUPS == 2 ? 7 : 3)) == 0)
+        facts[(1 + u / (4 / GROUPS)) * COLUMNS] = sum * power(less / 2) * power(less - less / 2);
 }
 
 // One block of x, prepared by one warp where fetch_x put it.

@@ -68,7 +68,9 @@ def _launch(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call,
     if call.k == 0:
         out.zero_() if bias is None else out.copy_(bias)
         return
-    x, out = x.reshape(-1, call.k).contiguous(), out.view(-1, call.n)
+    if x.ndim != 2:
+        x, out = x.reshape(-1, call.k), out.view(-1, call.n)
+    x = x.contiguous()
     for limit, kernel in parse_route(route):
         if limit is None or x.shape[0] <= limit:
             refusal = _refusal(kernel, call, x.dtype, x.device.type)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
 from random import Random
 
@@ -342,6 +341,6 @@ def test_no_function_uses_local_memory(kernel, layout):
             p = problem(kernel, layout, case, 100, k)
             p.run(kernel, p.normal(m, k))
     entries = {entry for _, entry, _ in variants}
-    loaded = [f for f in gc.get_objects() if isinstance(f, build.Function) and f.name in entries]
+    loaded = [f for f in build.LOADED if f.name in entries]
     assert loaded
     assert not [f"{f.name}: {f.registers} registers, {f.local_bytes} bytes" for f in loaded if f.local_bytes]
