@@ -163,9 +163,7 @@ class Layout:
         planes = self.order(device).plane_names(self.widths(format, device))
         return planes + parts_of(format) + (("table",) if format.form == "table" else ())
 
-    def shapes(
-        self, format: Format, n: int, k: int, device: str = "cpu"
-    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self, format: Format, n: int, k: int, device: str = "cpu") -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each part but the table, in order."""
         out: list[tuple[tuple[int, ...], torch.dtype]]
         order = self.order(device)

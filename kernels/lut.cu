@@ -12,7 +12,7 @@
 // A table's 4-bit codes need look-ups after all: a byte of two codes reads two halves from a table of 256 pairs in
 // shared memory that every lane has to itself in its own bank, so that no look-up conflicts.
 //
-// Work: a thread block owns TILES tiles of 32 rows and, within a cluster, a range of k; about one block an SM. Its warps
+// Work: a thread block owns `tiles` tiles of 32 rows and, within a cluster, a range of k; about one block an SM. Its warps
 // cut the 32 x 128 tiles of that rectangle, row by row, into equal runs, and each streams its run through its own ring
 // of cp.async stages, deep enough to keep memory busy while x is prepared. A run may end inside a row tile: what a warp
 // found for a row tile goes to a slot, and slots, then thread blocks of the cluster, are added in a fixed order, so
@@ -26,8 +26,8 @@ constexpr int AFFINE = 0, BINARY = 1, TABLE = 2;
 constexpr int FORM = LQ_FORM;
 constexpr int Q = LQ_BITS;        // planes; for a table the codes are nibbles whatever their bits
 constexpr int ZERO = LQ_ZERO;     // 0 none, 1 int16, 2 float32; binary: 2 for an offset of the scale's type
-constexpr int SCALE = LQ_SCALE;   // 0 half, 1 bfloat16, 2 float
-constexpr int XTYPE = LQ_X;       // 0 half, 1 bfloat16
+constexpr int SCALE = LQ_SCALE;   // HALF, BFLOAT16 or FLOAT
+constexpr int XTYPE = LQ_X;       // HALF or BFLOAT16
 constexpr int ROWS = LQ_ROWS;     // rows of x: 1 for BITS, 2 or 4 for BYTES, 2, 4 or 8 for HALVES
 constexpr int SUB = LQ_SUB;       // groups in a block of 128 inputs; 0 where a group spans blocks
 constexpr int WARPS = LQ_WARPS, STAGES = LQ_STAGES;
@@ -36,7 +36,7 @@ constexpr int BITS = 0, BYTES = 1, HALVES = 2, MODE = LQ_MODE;
 constexpr int GROUPS = SUB ? SUB : 1;                // factors that a tile needs
 constexpr int SLABS = FORM == TABLE ? 4 : Q;         // 512-byte pieces of a 32 x 128 tile
 constexpr int COEFS = FORM == BINARY ? Q : 1;        // factors of a group
-constexpr int COEF_SIZE = SCALE == 2 ? 4 : 2;
+constexpr int COEF_SIZE = SCALE == FLOAT ? 4 : 2;
 constexpr int ZERO_SIZE = FORM == BINARY ? COEF_SIZE : ZERO == 1 ? 2 : 4;
 constexpr int COEF_ROW = COEFS * 32 * COEF_SIZE, ZERO_ROW = ZERO ? 32 * ZERO_SIZE : 0;
 constexpr int COEF_AT = SLABS * 512, ZERO_AT = COEF_AT + GROUPS * COEF_ROW, STAGE = ZERO_AT + GROUPS * ZERO_ROW;
@@ -60,13 +60,13 @@ __device__ __forceinline__ int divide(int a, int b) { return __float2int_rd(__fd
 
 // Four numbers that stand together in shared memory: those of rows g, g + 8, g + 16, g + 24.
 template <int TYPE> __device__ __forceinline__ void load_four(float (&out)[4], u32 at) {
-    if constexpr (TYPE == 2) {
+    if constexpr (TYPE == FLOAT) {
         const uint4 v = load16(at);
         out[0] = as_float(v.x), out[1] = as_float(v.y), out[2] = as_float(v.z), out[3] = as_float(v.w);
     } else {
         u32 low, high;
         asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(low), "=r"(high) : "r"(at));
-        if constexpr (TYPE == 3) {  // int16
+        if constexpr (TYPE == INT16) {
             out[0] = (short)low, out[1] = (int)low >> 16, out[2] = (short)high, out[3] = (int)high >> 16;
         } else {
             out[0] = to_float<TYPE>(low & 0xffff), out[1] = to_float<TYPE>(low >> 16);
@@ -155,13 +155,15 @@ lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const 
     float* slots = (float*)(shared + SLOTS_AT);
     unsigned char* prepared = (unsigned char*)(slots + (tiles + WARPS - 1) * SLOT);
     u16* biases = (u16*)(prepared + range * X_BLOCK);
-    float* facts = (float*)(biases + tiles * 32);
+    float* wholes = (float*)(biases + tiles * 32);
+    float* facts = wholes + split * tiles * SLOT;
+    if (split > 1) cluster_arrive();
     const int top = blockIdx.y * tiles, height = min(tiles, (n + 31) / 32 - top), units = height * count;
     // x and the bias first: behind the weights they would wait for all of them.
     wait_for_previous();
     for (int i = warp; i < count; i += WARPS) fetch_x(shared_address(prepared) + i * X_BLOCK, x, m, k, first + i, wide, lane);
     for (int i = threadIdx.x * 8; i < height * 32; i += WARPS * 256)
-        copy_halves(shared_address(biases + i), bias + top * 32 + i, bias ? n - top * 32 - i : 0, wide, x);
+        copy_eight(shared_address(biases + i), bias + top * 32 + i, bias ? n - top * 32 - i : 0, wide, x);
     commit();
     const int begin = units * warp / WARPS, mine = units * (warp + 1) / WARPS - begin;
     int row = divide(begin, count), block = begin - row * count;
@@ -216,26 +218,26 @@ lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const 
     if (mine == 0)
         for (int i = lane; i < SLOT; i += 32) slots[(row + warp) * SLOT + i] = 0.f;
     __syncthreads();
-    // Over the warps that met a row tile, then over the cluster, each time from the first to the last.
-    float* whole = (float*)shared;
+    // Over the warps that met a row tile, then over the cluster, each time from the first to the last. Each sum goes to
+    // the thread block that will write it, which keeps a place for every other's.
+    if (split > 1) cluster_wait();  // all have started: they have shared memory
     for (int e = threadIdx.x; e < height * SLOT; e += WARPS * 32) {
         const int r = e / SLOT, from = divide((r * count + 1) * WARPS - 1, units), to = divide((r + 1) * count * WARPS - 1, units);
         const float* slot = slots + (r + from) * SLOT + e % SLOT;
         float v = 0.f;
 #pragma unroll 8
         for (int w = from; w <= to; w++, slot += SLOT) v += *slot;
-        whole[e] = v;
+        const int owner = e / 32 % split;
+        float* place = wholes + rank * tiles * SLOT + e;
+        if (owner == rank) *place = v;
+        else store_remote(shared_address(place), owner, v);
     }
     if (split > 1) cluster_arrive(), cluster_wait();
     for (int e = threadIdx.x; e < height * SLOT; e += WARPS * 32) {
         const int column = e % SLOT / 32, at = (top + e / SLOT) * 32 + e % 32;
         if (column >= m || at >= n || e / 32 % split != rank) continue;
-        float v = whole[e];
-        if (split > 1) {
-            v = 0.f;
-            for (int i = 0; i < split; i++) v += load_remote(shared_address(whole + e), i);
-        }
+        float v = 0.f;
+        for (int i = 0; i < split; i++) v += wholes[i * tiles * SLOT + e];
         y[(u64)column * n + at] = rounded<XTYPE>(v + to_float<XTYPE>(biases[e / SLOT * 32 + e % 32]));
     }
-    if (split > 1) cluster_arrive(), cluster_wait();  // nobody leaves while another still reads its sums
 }

@@ -1,5 +1,4 @@
-// x, prepared in shared memory for lut.cu: as bit planes or bytes of fixed point, or as scaled halves. Included by lut.cu, whose
-// constants it uses.
+// x, prepared in shared memory for lut.cu, whose constants it uses: as bit planes or bytes of fixed point, or as halves.
 
 // Where a word of the planes holds the inputs of group s of a block.
 __device__ __forceinline__ u32 bits_of_group(int s) {
@@ -16,16 +15,15 @@ __device__ __forceinline__ float unit(u32 greatest) {
     return power(exponent(greatest) - (MODE == HALVES ? 24 : 23));
 }
 
-// Starts the copy of eight 16-bit numbers of which `left` exist; the others are zero. `wide`: 16 bytes at
-// a time, from `readable` where none exists.
-__device__ __forceinline__ void copy_halves(u32 to, const u16* from, int left, bool wide, const u16* readable) {
-    const int valid = min(max(left, 0), 8);
-    if (wide) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(valid ? from : readable), "r"(2 * valid) : "memory");
+// Starts the copy of eight 16-bit numbers of which `left` exist; the others are zero. `wide`: `from` is at a multiple of
+// 16 bytes. Where nothing is copied, `readable` stands for an address.
+__device__ __forceinline__ void copy_eight(u32 to, const u16* from, int left, bool wide, const u16* readable) {
+    if (wide && (left >= 8 || left <= 0)) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(left > 0 ? from : readable), "r"(left > 0 ? 16 : 0) : "memory");
     } else {
 #pragma unroll 1
         for (int i = 0; i < 8; i++) {
-            const u16 v = i < valid ? from[i] : (u16)0;
+            const u16 v = i < left ? from[i] : (u16)0;
             asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + 2 * i), "h"(v) : "memory");
         }
     }
@@ -36,7 +34,7 @@ __device__ __forceinline__ void fetch_x(u32 to, const u16* x, int m, int k, int 
 #pragma unroll
     for (int i = lane; i < ROWS * 16; i += 32) {
         const int row = i >> 4, at = block * 128 + (i & 15) * 8;
-        copy_halves(to + i * 16, x + (u64)row * k + at, row < m ? k - at : 0, wide, x);
+        copy_eight(to + i * 16, x + (u64)row * k + at, row < m ? k - at : 0, wide, x);
     }
 }
 
@@ -99,36 +97,28 @@ __device__ __forceinline__ void prepare_bytes(unsigned char* to, float* facts, c
     }
     greatest = __reduce_max_sync(~0u, greatest);
     const float up = power(23 - exponent(greatest));
+    const int j = 4 * jh + r;
     u32 limbs[4];
-    int shares[2][2] = {};  // of uh = 0 and 1: what two low and two high limbs add up to, as the product will count them
+    // Bytes of v + 128 (1 + 256 + ...), less 128 each, are signed digits of v.
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int j = 4 * jh + r, v = __float2int_rn(f[i] * up) << (7 - j);
-        // Bytes of v + 128 (1 + 256 + ...), less 128 each, are signed digits of v.
-        limbs[i] = ((u32)v + 0x80808080u) ^ 0x80808080u;
-        const int digits = (signed char)limbs[i] + 256 * (signed char)(limbs[i] >> 8);
-        shares[i & 1][0] += digits << j;
-        shares[i & 1][1] += ((v - digits) >> 16) << j;
-    }
+    for (int i = 0; i < 4; i++) limbs[i] = ((u32)(__float2int_rn(f[i] * up) << (7 - j)) + 0x80808080u) ^ 0x80808080u;
     const u32 low0 = __byte_perm(limbs[0], limbs[1], 0x5140), low1 = __byte_perm(limbs[2], limbs[3], 0x5140);
     const u32 high0 = __byte_perm(limbs[0], limbs[1], 0x7362), high1 = __byte_perm(limbs[2], limbs[3], 0x7362);
+    const u32 limb[4] = {__byte_perm(low0, low1, 0x5410), __byte_perm(low0, low1, 0x7632), __byte_perm(high0, high1, 0x5410),
+                         __byte_perm(high0, high1, 0x7632)};
     u32* words = (u32*)(to + jh * 512 + t * 16 + r * 4);
-    words[0] = __byte_perm(low0, low1, 0x5410), words[16] = __byte_perm(low0, low1, 0x7632);
-    words[32] = __byte_perm(high0, high1, 0x5410), words[48] = __byte_perm(high0, high1, 0x7632);
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[16 * i] = limb[i];
     if (lane == 31) facts[0] = unit(greatest);
+    // Bytes with uh = 0 or 1 make group uh of 64 inputs, or with jh group 2uh + jh of 32.
 #pragma unroll
-    for (int pair = 0; pair < 2; pair++) {
-        if constexpr (GROUPS == 1) {
-            const int found = __reduce_add_sync(~0u, shares[0][pair] + shares[1][pair]);
-            if (lane == 0) facts[(1 + pair) * COLUMNS] = __int_as_float(found);
-        } else {
+    for (int uh = 0; uh < (GROUPS == 1 ? 1 : 2); uh++) {
+        const int ones = GROUPS == 1 ? 0x01010101 : 0x00010001 << 8 * uh, group = GROUPS == 4 ? 2 * uh + jh : uh;
 #pragma unroll
-            for (int uh = 0; uh < 2; uh++) {
-                // Group 2uh + jh of 32 inputs, or group uh of 64.
-                const int found = __reduce_add_sync(GROUPS == 2 ? ~0u : jh ? 0xffff0000u : 0xffffu, shares[uh][pair]);
-                const int group = GROUPS == 2 ? uh : 2 * uh + jh;
-                if ((lane & (GROUPS == 2 ? 31 : 15)) == 0) facts[(1 + group * SHARES + pair) * COLUMNS] = __int_as_float(found);
-            }
+        for (int pair = 0; pair < 2; pair++) {
+            const int share = (__dp4a((int)limb[2 * pair], ones, 0) + 256 * __dp4a((int)limb[2 * pair + 1], ones, 0)) << j;
+            const int whole = __reduce_add_sync(GROUPS == 4 ? (jh ? 0xffff0000u : 0xffffu) : ~0u, share);
+            if ((lane & (GROUPS == 4 ? 15 : 31)) == 0) facts[(1 + group * SHARES + pair) * COLUMNS] = __int_as_float(whole);
         }
     }
 }

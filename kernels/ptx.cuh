@@ -94,16 +94,14 @@ __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ float load_remote(u32 at, u32 rank) {
-    float f;
-    asm volatile("{.reg .u32 a;\nmapa.shared::cluster.u32 a, %1, %2;\nld.shared::cluster.f32 %0, [a];}" : "=f"(f) : "r"(at), "r"(rank));
-    return f;
+__device__ __forceinline__ void store_remote(u32 at, u32 rank, float f) {
+    asm volatile("{.reg .u32 a;\nmapa.shared::cluster.u32 a, %0, %1;\nst.shared::cluster.f32 [a], %2;}" ::"r"(at), "r"(rank), "f"(f) : "memory");
 }
 #else
 __device__ __forceinline__ void wait_for_previous() {}
 __device__ __forceinline__ void let_next_start() {}
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}
-__device__ __forceinline__ float load_remote(u32 at, u32) { return as_float(load4(at)); }
+__device__ __forceinline__ void store_remote(u32, u32, float) {}
 #endif
 

@@ -53,8 +53,7 @@ class Grid:
     pdl: bool = False
 
     def __str__(self) -> str:
-        early = ", programmatic dependent launch" if self.pdl else ""
-        return f"{self.blocks} blocks of {self.block}, {self.unroll} loads a thread{early}"
+        return f"{self.blocks} x {self.block} x {self.unroll} loads{', pdl' if self.pdl else ''}"
 
 
 class Timer(Protocol):

@@ -378,10 +378,10 @@ def test_the_tables_of_the_readme_are_those_of_the_committed_results():
     found = {result["file"]: result for result in bench.committed()}
     if not found:
         pytest.skip("no results file in lqcompile/measured yet")
-    shown = re.findall(r"<!-- lq bench: (\S+) -->\n+(\|.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert shown, "README shows no `<!-- lq bench: FILE -->` with a table below it"
-    for name, text in shown:
-        assert text == bench.table(found[name]), name
+    shown = re.findall(r"<!-- lq bench: (\S+) (\S+) -->\n+(\|.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown, "README shows no `<!-- lq bench: FILE FORMAT,FORMAT... -->` with a table below it"
+    for name, formats, text in shown:
+        assert text == bench.table(found[name], formats=formats.split(",")), name
 
 
 def test_committed_results_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def _no_bias(patch):
 
 
 def _code_15(patch):
-    after(patch, dense, "_codes", lambda codes: codes.clamp(max=14))
+    after(patch, layout.ROWS, "unpack", lambda codes: codes.clamp(max=14))
 
 
 def _relabelled(name, swap):
