@@ -189,6 +189,12 @@ def _pointers(parts: Sequence[Tensor], call: Call) -> tuple[int, int, int, int]:
     return at[0], at[1], at[2] if f.zero != "none" else 0, at[-1] if f.form == "table" else 0
 
 
+@functools.cache
+def _multiplies_bits(device_index: int) -> bool:
+    """Whether tensor cores take single bits; from Blackwell on the compiler writes out a long emulation."""
+    return torch.cuda.get_device_properties(device_index).major < 10
+
+
 def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
     index = x.device.index
     if call.format.form == "table" and parts[-1].ndim > 1:
@@ -199,6 +205,8 @@ def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, ou
     while at < m:
         left = min(m - at, MOST_ROWS)
         rows = _ROWS[call.format.form][left]
+        if rows == 1 and not _multiplies_bits(index):
+            rows = 2
         run = launcher(call, x.dtype, rows, index)
         while run is None and rows > ROWS[call.format.form][0]:
             rows //= 2

@@ -86,6 +86,13 @@ def _read(name: str) -> Callable[[str], Any]:
     return read
 
 
+def _cache(given: argparse.Namespace) -> int:
+    from .doctor import cache_report
+
+    print(cache_report(given.action))
+    return Exit.FINE
+
+
 def _bench_parser(commands: Any) -> None:
     bench = commands.add_parser(
         "bench", help="check every kernel against float64 and time it beside the vendor's matmul"
@@ -127,6 +134,9 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     kernels = commands.add_parser("kernels", help="list the kernels and what each accepts")
     kernels.set_defaults(run=_kernels)
+    cache = commands.add_parser("cache", help="what lqcompile has compiled and kept")
+    cache.add_argument("action", choices=("show", "verify", "clear"))
+    cache.set_defaults(run=_cache)
     _bench_parser(commands)
     return top
 

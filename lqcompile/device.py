@@ -38,7 +38,7 @@ class Device:
 
 @functools.cache
 def _measured(name: str) -> tuple[float, float] | None:
-    """Bandwidth (bytes/s) and launch (s) of a GPU in whose committed results `lq bench` has read many sizes, or None."""
+    """Bandwidth (bytes/s) and launch (s) of a GPU, from the reads in its committed `lq bench` results; or None."""
     for file in resources.files(__package__).joinpath("measured").iterdir():
         found = json.loads(file.read_text()) if file.name.endswith(".json") else {}
         if found.get("device", {}).get("name") == name:

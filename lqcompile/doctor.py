@@ -23,6 +23,7 @@ from .formats import bound, dequantize
 from .kernels import build, registry
 from .kernels.layout import LAYOUTS
 from .quantize import QuantLinear, quantize
+from .report import size
 from .types import FORMS, Format
 
 OLDEST_TORCH = (2, 11)
@@ -191,6 +192,26 @@ def doctor() -> int:
         failed |= finding.status == "fail"
     print("lqcompile cannot be used here." if failed else "lqcompile can be used here.")
     return Exit.UNUSABLE if failed else Exit.FINE
+
+
+def cache_report(action: str) -> str:
+    """`lq cache`: shows every entry, or sets the damaged ones aside (verify), or removes all (clear)."""
+    store = cache.default()
+    problem = store.problem()
+    if problem is not None:
+        return f"not used: {problem}; set LQ_CACHE_DIR to a folder of your own"
+    if action == "clear":
+        return f"{store.root}: {store.clear()} removed"
+    if action == "verify":
+        damaged = store.verify()
+        return "\n".join([f"set aside: {entry.key}" for entry in damaged] + [f"{store.root}: {len(damaged)} damaged"])
+    entries = list(store.entries())
+    lines = [
+        f"{entry.kind if entry.ok else 'damaged':<8} {size(entry.bytes):>9}  "
+        + " ".join(f"{value}" for name, value in sorted(entry.facts.items()) if name != "nvrtc")
+        for entry in entries
+    ]
+    return "\n".join([*sorted(lines), f"{store.root}: {len(entries)} entries, {size(sum(e.bytes for e in entries))}"])
 
 
 def kernel_table() -> str:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from lqcompile import cli, demo, doctor
+from lqcompile import cache, cli, demo, doctor
 from lqcompile.kernels import registry
 
 
@@ -128,3 +128,22 @@ def test_demo_rewrites_and_proves_every_linear_of_minilm(tmp_path, capsys):
     decisions = [d for d in out["report"]["decisions"] if d["outcome"] == "rewritten"]
     assert len(decisions) == 36 and all(d["proof"] for d in decisions)
     assert "36 of 36" in capsys.readouterr().out
+
+
+def test_cache_shows_sets_aside_and_clears(monkeypatch, tmp_path, capsys):
+    store = cache.Cache(tmp_path / "store")
+    monkeypatch.setattr(cache, "default", lambda: store)
+
+    def said(action: str) -> list[str]:
+        assert cli.main(["cache", action]) == cli.Exit.FINE
+        return capsys.readouterr().out.splitlines()
+
+    assert said("show") == [f"{store.root}: 0 entries, 0 B"]
+    store.put("cubin", "a", b"12345", source="lut.cu")
+    store.put("cubin", "b", b"6789")
+    assert "lut.cu" in said("show")[1] and len(said("show")) == 3
+    next(store.root.iterdir()).write_bytes(b"no")
+    assert len(said("verify")) == 2 and said("verify") == [f"{store.root}: 0 damaged"]
+    assert said("clear") == [f"{store.root}: 2 removed"] and said("show")[-1].startswith(f"{store.root}: 0 entries")
+    store.root.chmod(0o777)
+    assert "not used" in said("show")[0]
