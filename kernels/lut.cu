@@ -55,7 +55,7 @@ extern __shared__ __align__(128) unsigned char shared[];
 
 #include "lut_x.cuh"
 
-// a / b for a + 1/2 < 2^22 and b > 0, in a few instructions.
+// a / b in a few instructions, right where 2^-22 a / b, the error of the quotient, is below 1 / 2b: lut.py sees to it.
 __device__ __forceinline__ int divide(int a, int b) { return __float2int_rd(__fdividef((float)a + 0.5f, (float)b)); }
 
 // Four numbers that stand together in shared memory: those of rows g, g + 8, g + 16, g + 24.

@@ -29,6 +29,8 @@ ROWS = {"affine": (1, 2, 4, 8), "binary": (1, 2, 4, 8), "table": (2, 4, 8)}
 _ROWS = {form: [next(r for r in rows if r >= m) for m in range(MOST_ROWS + 1)] for form, rows in ROWS.items()}
 GEMM, DENSE = "PPPPPPPiiiiiiii", "PPPPPiiiiiii"
 DENSE_WARPS = 8
+# Tiles of 32 x 128 of a thread block: up to so many lut.cu divides right in float32.
+MOST_UNITS = 1 << 15
 # Thread blocks that share k, the share of the multiprocessors that clusters of so many reach, and what sums cost.
 CLUSTERS = ((1, 1.0, 0), (2, 1.0, 10), (4, 0.9, 40), (8, 0.85, 60))
 
@@ -132,7 +134,7 @@ def cut(call: Call, x_dtype: torch.dtype, rows: int, sms: int, shared: int, clus
             # An empty last range would have nothing to add.
             if span * (split - 1) >= blocks:
                 continue
-            while tiles > 1 and shape.shared(tiles, span, split) > shared:
+            while tiles > 1 and (tiles * span > MOST_UNITS or shape.shared(tiles, span, split) > shared):
                 tiles = -(-tiles // 2)
             need = shape.shared(tiles, span, split)
             if need > shared:

@@ -1,0 +1,102 @@
+"""How kernels/lut.py spreads a call, and the arithmetic by which lut.cu finds its way: everything that needs no GPU."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lqcompile.kernels import lut
+from lqcompile.kernels.registry import Call
+from lqcompile.types import Format
+
+FORMATS = [
+    Format("binary", 1, 128, "none", "float16"),
+    Format("binary", 3, 128, "float", "float16"),
+    Format("binary", 8, 32, "float", "float32"),
+    Format("affine", 4, 64, "int", "bfloat16"),
+    Format("affine", 8, 256, "float", "float16"),
+    Format("table", 4, 32, "none", "float16"),
+]
+# Multiprocessors, shared memory of a block (bytes), whether there are clusters: A100, RTX 4090, H200, B200, RTX 5090.
+GPUS = [(108, 163 << 10, False), (128, 99 << 10, False), (132, 227 << 10, True), (148, 227 << 10, True)]
+GPUS += [(170, 99 << 10, True)]
+
+
+def spread(f: Format, n: int, k: int, rows: int, gpu: tuple[int, int, bool]) -> lut.Cut | None:
+    return lut.cut(Call("lut", f, n, k), torch.float16, rows, *gpu)
+
+
+@given(
+    f=st.sampled_from(FORMATS),
+    n=st.one_of(st.integers(1, 300), st.sampled_from([1024, 4096, 14336, 49152, 128256, 1 << 20])),
+    blocks=st.one_of(st.integers(1, 40), st.sampled_from([112, 224, 416, 1024])),
+    rows=st.sampled_from([1, 2, 4, 8]),
+    gpu=st.sampled_from(GPUS),
+)
+def test_every_tile_has_one_thread_block_and_everything_fits(f, n, blocks, rows, gpu):
+    k = blocks * 256
+    rows = max(rows, lut.ROWS[f.form][0])
+    found = spread(f, n, k, rows, gpu)
+    if found is None:
+        return
+    all_blocks, row_tiles = k // 128, -(-n // 32)
+    assert found.shared <= gpu[1] and found.split in (1, 2, 4, 8) and (gpu[2] or found.split == 1)
+    assert found.range * (found.split - 1) < all_blocks <= found.range * found.split
+    assert 1 <= found.tiles <= row_tiles + found.tiles and found.tiles * found.range <= max(lut.MOST_UNITS, found.range)
+    assert found.shape.stages >= 2 and found.shape.warps >= 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (8192, 8192), (28672, 8192), (49152, 12288)])
+def test_usual_shapes_fill_the_gpu_in_one_wave(n, k, rows):
+    found = spread(FORMATS[1], n, k, rows, GPUS[2])
+    assert found is not None
+    blocks = -(-(n // 32) // found.tiles) * found.split
+    waves = -(-blocks // 132)
+    assert blocks >= 0.85 * 132 * waves
+
+
+def divided(a: numpy.ndarray, b: int, ulps: int) -> numpy.ndarray:
+    """lut.cu's divide() where the reciprocal and the product are off by `ulps` of 2^-24 each."""
+    reciprocal = numpy.float32(numpy.float32(1) / numpy.float32(b) * (1 + ulps * 2.0**-24))
+    product = (a.astype(numpy.float32) + numpy.float32(0.5)) * reciprocal
+    return numpy.floor((product * (1 + ulps * 2.0**-24)).astype(numpy.float32)).astype(int)
+
+
+@given(
+    height=st.integers(1, 1000),
+    count=st.integers(1, lut.MOST_UNITS),
+    warps=st.sampled_from([2, 4, 8, 16]),
+    ulps=st.sampled_from([-2, 0, 2]),
+)
+def test_runs_of_warps_partition_the_tiles_and_their_sums_meet(height, count, warps, ulps):
+    height = max(1, min(height, lut.MOST_UNITS // count))
+    units = height * count
+    begin = numpy.arange(warps + 1) * units // warps
+    rows = divided(begin[:-1], count, ulps)
+    assert (rows == begin[:-1] // count).all()
+    r = numpy.arange(height)
+    first = divided((r * count + 1) * warps - 1, units, ulps)
+    last = divided((r + 1) * count * warps - 1, units, ulps)
+    met: set[int] = set()
+    for tile in range(height):
+        # Those whose run has a part of the row tile; between them, warps without any tile, whose slots hold zeros.
+        busy = [w for w in range(warps) if max(begin[w], tile * count) < min(begin[w + 1], (tile + 1) * count)]
+        assert (busy[0], busy[-1]) == (first[tile], last[tile])
+        for w in range(first[tile], last[tile] + 1):
+            if begin[w] == begin[w + 1]:
+                # A warp without tiles writes the slot of the row where its empty run stands.
+                assert begin[w] // count == tile
+            assert tile + w not in met
+            met.add(tile + w)
+    assert max(met) < height + warps - 1
+
+
+@pytest.mark.parametrize("per_group", [2, 3, 5, 7, 56, 300])
+def test_the_group_of_a_block_by_multiplication(per_group):
+    span = -(-(1 << 32) // per_group)
+    blocks = numpy.arange(1 << 16, dtype=numpy.uint64)
+    assert ((blocks * numpy.uint64(span)) >> numpy.uint64(32) == blocks // numpy.uint64(per_group)).all()
