@@ -81,6 +81,10 @@ class Reason(enum.Enum):
         "eager's own low-precision weight is further from the exact one than rounding explains",
         "the dequantization overflows or loses its codes; use a wider dtype for it",
     )
+    FUSED = (
+        "a library's own operation multiplies by the packed weight",
+        "nothing to do: it already reads low-bit data; lqcompile does not take such operations apart yet",
+    )
     HIGHER_ORDER = (
         "the matmul is inside a higher-order operation (checkpointing, a custom autograd function, cond)",
         "run inference under torch.no_grad(), or move the matmul out of it",

@@ -81,7 +81,9 @@ class Recogniser:
         misses: list[NearMiss] = []
         try:
             c = contraction(node)
-            if c is None or (c.a in self.constants and c.b in self.constants):
+            if c is None:
+                return Kept(where(node), node, Reason.FUSED, ()) if self._fused(node) else None
+            if c.a in self.constants and c.b in self.constants:
                 return None
             return self._match(c, misses)
         except Refused as refusal:
@@ -94,6 +96,18 @@ class Recogniser:
                 raise
             what = f"{type(error).__name__}: {error}"[:200]
             return Kept(where(node), node, Reason.PASS_FAILED, (NearMiss("", Reason.PASS_FAILED, what),))
+
+    def _fused(self, node: fx.Node) -> bool:
+        """Whether an operation that only its library understands makes an activation of one and a packed weight."""
+        if node.op != "call_function" or not _floating(node):
+            return False
+        packet = getattr(node.target, "overloadpacket", node.target)
+        qualified = getattr(packet, "_qualified_op_name", f"aten::{target_name(node)}")
+        namespace, _, name = qualified.partition("::")
+        if namespace in ("lq", "prim", "prims") or (namespace == "aten" and not _PACKED_MM.match(name)):
+            return False
+        weights = [n for n in node.all_input_nodes if n in self.constants and _is_packed(fake_value(n))]
+        return bool(weights) and any(_floating(n) for n in node.all_input_nodes if n not in self.constants)
 
     def _match(self, c: Contraction, misses: list[NearMiss]) -> Match:
         w = c.a if c.a in self.constants else c.b
@@ -230,6 +244,20 @@ class Recogniser:
             return [weight.select(0, i) for i in range(shape[0])]
 
         return compute
+
+
+# torch's own operations on packed weights.
+_PACKED_MM = re.compile(r"_weight_int[48]pack_mm|_scaled_mm|_int_mm|_dyn_quant_matmul")
+
+
+def _floating(node: fx.Node) -> bool:
+    t = fake_value(node)
+    return isinstance(t, Tensor) and t.is_floating_point()
+
+
+def _is_packed(t: Any) -> bool:
+    """Whether a constant may be a low-bit weight: not lengths, offsets or indices, which have one dimension."""
+    return isinstance(t, Tensor) and t.ndim >= 2 and t.dtype in LOW_BIT and t.dtype not in (torch.int64, torch.bool)
 
 
 def _size(sizes: dict[str, Any], labels: Sequence[str]) -> int:

@@ -236,3 +236,42 @@ def test_a_wrong_result_would_be_seen():
         seen += 1
         assert math.isfinite(float(flat.sum())) and wrong_elements(case, flat.view(got.shape), eager, True)
     assert seen > 5
+
+
+@torch.library.custom_op("lq_tests::packed_linear", mutates_args=())
+def packed_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return x @ (packed.to(x.dtype) * scale).t()
+
+
+@packed_linear.register_fake
+def _(x, packed, scale, lengths):
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+class Fused(nn.Module):
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = op
+        self.register_buffer("packed", torch.randint(0, 16, (16, 32), dtype=torch.uint8))
+        self.register_buffer("int8", torch.randint(-8, 8, (16, 32), dtype=torch.int8))
+        self.register_buffer("scale", torch.rand(16))
+        self.register_buffer("lengths", torch.tensor([1, 2], dtype=torch.int32))
+
+    def forward(self, x):
+        if self.op == "library":
+            return torch.ops.lq_tests.packed_linear(x, self.packed, self.scale[:, None], self.lengths).relu()
+        if self.op == "torch":
+            return torch._weight_int8pack_mm(x.bfloat16(), self.int8, self.scale.bfloat16()).float()
+        return torch.ops.lq_tests.packed_linear(x, x[:16].to(torch.uint8), self.scale[:, None], self.lengths)
+
+
+@pytest.mark.parametrize(("op", "kept"), [("library", [Reason.FUSED]), ("torch", [Reason.FUSED]), ("other", [])])
+def test_a_librarys_own_operation_is_told_and_left(op, kept):
+    model, x = Fused(op).eval(), torch.randn(20, 32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        report = lqcompile.explain(model, x)
+        assert [d.reason for d in report.decisions] == kept
+        if op != "torch":  # Inductor of torch 2.13 fails on small ones of these by itself
+            fused = torch.compile(model, backend="lq", options={"strict": True})
+            assert torch.allclose(fused(x), model(x), rtol=1e-5, atol=1e-5)
