@@ -137,7 +137,7 @@ class Rows:
 ROWS = Rows()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A packed layout: `fields[bits]` is the widths that a code of so many bits is cut into, low bits first.
 
@@ -147,7 +147,7 @@ class Layout:
     name: str
     fields: tuple[tuple[int, ...], ...]
     forms: tuple[str, ...]
-    tiles: Mapping[str, Tiles] = field(default_factory=dict, hash=False)
+    tiles: Mapping[str, Tiles] = field(default_factory=dict)
 
     def order(self, device: str) -> Tiles | Rows:
         return self.tiles.get(device, ROWS)
@@ -233,7 +233,7 @@ def check_parts(
         raise ArgumentError("parts", f"{len(parts)} tensors", ", ".join(name for name, _, _ in expected))
     where = parts[0].device
     for (name, shapes, dtype), part in zip(expected, parts, strict=True):
-        if tuple(part.shape) not in shapes or part.dtype != dtype:
+        if part.shape not in shapes or part.dtype != dtype:
             raise ArgumentError(f"parts.{name}", f"{part.dtype} {tuple(part.shape)}", f"{dtype} {shapes}")
         if not part.is_contiguous():
             raise ArgumentError(f"parts.{name}.stride", part.stride(), "contiguous")

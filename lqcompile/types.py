@@ -49,6 +49,14 @@ class Format:
         if self.form == "binary" and self.zero == "int":
             raise ArgumentError("format.zero", self.zero, "none | float, for a binary weight")
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.form, self.bits, self.group, self.zero, self.scale_dtype))
+
+    def __hash__(self) -> int:
+        # Looked up by every launch.
+        return self._hash
+
     @property
     def spec(self) -> str:
         """The one-line form that custom ops take; `Format.parse` reads it back."""
