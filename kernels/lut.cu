@@ -22,7 +22,6 @@
 
 #include "ptx.cuh"
 
-constexpr int AFFINE = 0, BINARY = 1, TABLE = 2;
 constexpr int FORM = LQ_FORM;
 constexpr int Q = LQ_BITS;        // planes; for a table the codes are nibbles whatever their bits
 constexpr int ZERO = LQ_ZERO;     // 0 none, 1 int16, 2 float32; binary: 2 for an offset of the scale's type
@@ -61,8 +60,10 @@ __device__ __forceinline__ int divide(int a, int b) { return __float2int_rd(__fd
 // Four numbers that stand together in shared memory: those of rows g, g + 8, g + 16, g + 24.
 template <int TYPE> __device__ __forceinline__ void load_four(float (&out)[4], u32 at) {
     if constexpr (TYPE == FLOAT) {
-        const uint4 v = load16(at);
-        out[0] = as_float(v.x), out[1] = as_float(v.y), out[2] = as_float(v.z), out[3] = as_float(v.w);
+        u32 v[4];
+        load16(v, at);
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] = as_float(v[i]);
     } else {
         u32 low, high;
         asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(low), "=r"(high) : "r"(at));

@@ -5,7 +5,6 @@
 
 #include "ptx.cuh"
 
-constexpr int AFFINE = 0, BINARY = 1, TABLE = 2;
 constexpr int FORM = LQ_FORM;
 constexpr int Q = LQ_BITS;
 constexpr bool NIBBLES = LQ_NIBBLES;  // codes as nibbles, not as planes

@@ -52,8 +52,8 @@ __device__ __forceinline__ void tile_bits(float (&sum)[N][4], u32 stage, u32 x, 
     for (int s = 0; s < GROUPS; s++) ones[s] = __float_as_int(facts[1 + s * SHARES + t]);
 #pragma unroll
     for (int p = 0; p < Q; p++) {
-        const uint4 v = load16(stage + p * 512 + lane * 16);
-        const u32 w[4] = {v.x, v.y, v.z, v.w};
+        u32 w[4];
+        load16(w, stage + p * 512 + lane * 16);
 #pragma unroll
         for (int s = 0; s < GROUPS; s++) {
             float alpha[4];
@@ -90,10 +90,7 @@ __device__ __forceinline__ void tile_bytes(float (&sum)[N][4], u32 stage, u32 x,
 #pragma unroll
     for (int i = 0; i < N; i++)
 #pragma unroll
-        for (int jh = 0; jh < 2; jh++) {
-            const uint4 v = load16(x + i * 1024 + jh * 512 + lane * 16);
-            b[i][4 * jh] = v.x, b[i][4 * jh + 1] = v.y, b[i][4 * jh + 2] = v.z, b[i][4 * jh + 3] = v.w;
-        }
+        for (int jh = 0; jh < 2; jh++) load16(b[i] + 4 * jh, x + i * 1024 + jh * 512 + lane * 16);
     float total[GROUPS][N][4] = {};
     int ones[GROUPS][N];
     facts += t >> 1;
@@ -103,8 +100,8 @@ __device__ __forceinline__ void tile_bytes(float (&sum)[N][4], u32 stage, u32 x,
         for (int i = 0; i < N; i++) ones[s][i] = __float_as_int(facts[(1 + s * SHARES + (t & 1)) * COLUMNS + 2 * i]);
 #pragma unroll
     for (int p = 0; p < Q; p++) {
-        const uint4 v = load16(stage + p * 512 + lane * 16);
-        const u32 w[4] = {v.x, v.y, v.z, v.w};
+        u32 w[4];
+        load16(w, stage + p * 512 + lane * 16);
 #pragma unroll
         for (int s = 0; s < GROUPS; s++) {
             float alpha[4];
@@ -151,16 +148,17 @@ __device__ __forceinline__ void tile_halves(float (&sum)[N][4], u32 stage, u32 x
 #pragma unroll
     for (int u = 0; u < 4; u++) {
         // Columns without a row of x are zero.
-        const uint4 v = g < ROWS ? load16(x + u * ROWS * 64 + lane * 16) : make_uint4(0, 0, 0, 0);
-        b[4 * u] = v.x, b[4 * u + 1] = v.y, b[4 * u + 2] = v.z, b[4 * u + 3] = v.w;
+        if (g < ROWS) load16(b + 4 * u, x + u * ROWS * 64 + lane * 16);
+        else b[4 * u] = b[4 * u + 1] = b[4 * u + 2] = b[4 * u + 3] = 0;
     }
     facts += 2 * t;
     float total[GROUPS][2][4] = {};
     if constexpr (FORM == TABLE) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const uint4 v = load16(stage + 1024 * half + lane * 16), v8 = load16(stage + 1024 * half + 512 + lane * 16);
-            const u32 w[4] = {v.x, v.y, v.z, v.w}, w8[4] = {v8.x, v8.y, v8.z, v8.w};
+            u32 w[4], w8[4];
+            load16(w, stage + 1024 * half + lane * 16);
+            load16(w8, stage + 1024 * half + 512 + lane * 16);
 #pragma unroll
             for (int u = 0; u < 4; u++)
 #pragma unroll
@@ -171,8 +169,9 @@ __device__ __forceinline__ void tile_halves(float (&sum)[N][4], u32 stage, u32 x
     } else {
 #pragma unroll
         for (int p = 0; p < Q; p++) {
-            const uint4 v = load16(stage + p * 512 + lane * 16);
-            const u32 w[4] = {v.x, v.y, v.z, v.w}, w6[4] = {v.x >> 6, v.y >> 6, v.z >> 6, v.w >> 6};
+            u32 w[4];
+            load16(w, stage + p * 512 + lane * 16);
+            const u32 w6[4] = {w[0] >> 6, w[1] >> 6, w[2] >> 6, w[3] >> 6};
 #pragma unroll
             for (int s = 0; s < GROUPS; s++) {
                 float alpha[4], start[2] = {};

@@ -4,6 +4,8 @@ typedef unsigned short u16;
 typedef unsigned long long u64;
 typedef const unsigned char* Bytes;
 
+// Forms of weights, as kernels/lut.py numbers them.
+constexpr int AFFINE = 0, BINARY = 1, TABLE = 2;
 // Types of numbers that are read as bits.
 constexpr int HALF = 0, BFLOAT16 = 1, FLOAT = 2, INT16 = 3;
 
@@ -58,10 +60,8 @@ template <int PENDING> __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-__device__ __forceinline__ uint4 load16(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
+__device__ __forceinline__ void load16(u32* out, u32 at) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(at));
 }
 
 __device__ __forceinline__ u32 load4(u32 at) {
