@@ -11,6 +11,7 @@ j * width. What has a number for each row and group is stored as [n, groups, ...
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -43,12 +44,11 @@ class Tiles:
         """uint8 codes [n, k] as one uint8 tensor [row tiles, column tiles, bytes of a tile]."""
         n, k = codes.shape
         digits = F.pad(codes, (0, -k % 128, 0, -n % 32)).view(-(-n // 32), 4, 8, -(-k // 128), 4, 2, 4, 4)
-        planes, shift = [], 0
-        for width in widths:
-            fields = ((digits >> shift) & ((1 << width) - 1)).permute([self.AXES.index(d) for d in self._stored(width)])
-            flat = fields.reshape(fields.shape[0], fields.shape[1] * 4096)
-            planes.append(_pack_plane(flat, width).view(*fields.shape[:2], 512 * width))
-            shift += width
+        planes = []
+        for fields, width in zip(_fields(digits, widths), widths, strict=True):
+            stored = fields.permute([self.AXES.index(d) for d in self._stored(width)])
+            flat = stored.reshape(stored.shape[0], stored.shape[1] * 4096)
+            planes.append(_pack_plane(flat, width).view(*stored.shape[:2], 512 * width))
         return [torch.cat(planes, -1)]
 
     def unpack(
@@ -101,18 +101,14 @@ class Rows:
 
     def pack(self, codes: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
         """uint8 codes [n, k] as one uint8 plane for each width."""
-        parts, shift = [], 0
-        for width in widths:
-            parts.append(_pack_plane((codes >> shift) & ((1 << width) - 1), width))
-            shift += width
-        return parts
+        return [_pack_plane(fields, width) for fields, width in zip(_fields(codes, widths), widths, strict=True)]
 
     def unpack(
         self, parts: Sequence[torch.Tensor], widths: Sequence[int], n: int, k: int, dtype: torch.dtype
     ) -> torch.Tensor:
         """The codes [n, k] as numbers of `dtype`."""
         codes, shift = unpack_plane(parts[0], widths[0], k, dtype), widths[0]
-        for plane, width in zip(parts[1:], widths[1:], strict=False):
+        for plane, width in zip(parts[1:], widths[1:], strict=True):
             codes = codes.add(unpack_plane(plane, width, k, dtype), alpha=1 << shift)
             shift += width
         return codes.contiguous()
@@ -257,6 +253,12 @@ def _expected(
         levels = 1 << format.bits
         found.append(("table", ((levels,), (n, levels), (n, k // format.group, levels)), torch.float32))
     return found
+
+
+def _fields(codes: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
+    """The codes cut into fields of these widths, low bits first."""
+    lows = itertools.accumulate(widths, initial=0)
+    return [(codes >> low) & ((1 << width) - 1) for low, width in zip(lows, widths, strict=False)]
 
 
 def _pack_plane(fields: torch.Tensor, width: int) -> torch.Tensor:

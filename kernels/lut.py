@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -102,6 +103,12 @@ def groups_of(format: Format, k: int) -> int | None:
     return 0 if format.group % 128 == 0 or format.group == k else None
 
 
+def stored_groups(call: Call) -> int:
+    """Groups of a row tile as they are stored, those that only pad the last tile included."""
+    group = call.format.group
+    return LUT.order("cuda").grouped_shape(call.n, call.k // group, group, ())[1]
+
+
 def warps_of(format: Format, rows: int, groups: int) -> int:
     """Warps of a thread block: 16 where their registers allow it without spilling (ptxas -v over all variants)."""
     if rows == 4 and format.form != "table":
@@ -159,7 +166,7 @@ class Launcher:
         self.grid = (plan.split, -(-row_tiles // plan.tiles), 1)
         self.cluster = (plan.split, 1, 1)
         self.threads, self.shared, self.pdl = 32 * shape.warps, plan.shared, pdl
-        stored = LUT.shapes(f, call.n, call.k, "cuda")[1][0][1]
+        stored = stored_groups(call)
         span = 0 if shape.groups else -(-(1 << 32) // max(-(-f.group // 128), 2))
         self.values = (call.n, call.k, plan.tiles, plan.range, stored, span - (span >> 31 << 32))
         self.wide = call.k % 8 == 0
@@ -243,13 +250,7 @@ def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
 
 def packed_bytes(format: Format, n: int, k: int) -> int:
     """Bytes of all parts but the table."""
-    total = 0
-    for shape, dtype in LUT.shapes(format, n, k, "cuda"):
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        total += size
-    return total
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in LUT.shapes(format, n, k, "cuda"))
 
 
 # (m up to, seconds beyond a launch, times a pure read): least squares over lqcompile/measured/nvidia_h200.json, where
@@ -291,7 +292,7 @@ def dequantize(parts: Sequence[Tensor], call: Call, dtype: torch.dtype) -> Tenso
         return out
     function = build.load_cuda("lut_dense.cu", "lut_dense", DENSE, dense_defines(f, dtype), out.device.index)
     units = -(-call.n // 32) * -(-call.k // 128)
-    stored = LUT.shapes(f, call.n, call.k, "cuda")[1][0][1]
+    stored = stored_groups(call)
     table = parts[-1] if f.form == "table" else None
     row, group = (0, 0) if table is None or table.ndim == 1 else (table.stride(0), table.stride(1) * (table.ndim == 3))
     values = (

@@ -110,7 +110,7 @@ def _define(layout: str) -> Any:
         return out
 
     def fake(x: Tensor, parts: list[Tensor], bias: Tensor | None, n: int, k: int, format: str, route: str) -> Tensor:
-        _check(x, parts, bias, Call(layout, Format.parse(format), n, k))
+        _check(x, parts, bias, _call(layout, format, n, k))
         parse_route(route)
         return x.new_empty((*x.shape[:-1], n))
 
@@ -145,7 +145,7 @@ def _define_dequantize() -> Any:
     def checked(parts: list[Tensor], layout: str, n: int, k: int, format: str) -> Call:
         if layout not in LAYOUTS:
             raise ArgumentError("layout", layout, " | ".join(LAYOUTS))
-        call = Call(layout, Format.parse(format), n, k)
+        call = _call(layout, format, n, k)
         check_parts(LAYOUTS[layout], parts, call.format, n, k)
         return call
 

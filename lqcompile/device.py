@@ -6,6 +6,7 @@ import functools
 import json
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import numpy
 import torch
@@ -36,11 +37,17 @@ class Device:
         return Device("cpu", f"cpu, {threads} threads", 17e9 * threads, 216e9 * threads, 5e-6)
 
 
+def measured() -> dict[str, dict[str, Any]]:
+    """The results files of `lq bench` in lqcompile/measured, parsed, by name and in the order of names."""
+    room = resources.files(__package__).joinpath("measured")
+    files = sorted(room.iterdir(), key=lambda file: file.name) if room.is_dir() else []
+    return {file.name: json.loads(file.read_text()) for file in files if file.name.endswith(".json")}
+
+
 @functools.cache
 def _measured(name: str) -> tuple[float, float] | None:
     """Bandwidth (bytes/s) and launch (s) of a GPU, from the reads in its committed `lq bench` results; or None."""
-    for file in resources.files(__package__).joinpath("measured").iterdir():
-        found = json.loads(file.read_text()) if file.name.endswith(".json") else {}
+    for found in measured().values():
         if found.get("device", {}).get("name") == name:
             reads = {row["bytes"]: row["median"] for row in found["rows"] if row["kind"] == "light" and row["median"]}
             seconds = numpy.array(list(reads.values()))

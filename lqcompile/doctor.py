@@ -28,6 +28,7 @@ from .types import FORMS, Format
 
 OLDEST_TORCH = (2, 11)
 NO_COMPILER = "Inductor needs a C++ compiler: install g++ (Debian: apt install g++) or set CXX to one"
+OWN_FOLDER = "set LQ_CACHE_DIR to a folder of your own"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _own_cache() -> Finding:
     store = cache.default()
     problem = store.problem()
     if problem is not None:
-        return Finding("warn", "cache", f"not used: {problem}", "set LQ_CACHE_DIR to a folder of your own")
+        return Finding("warn", "cache", f"not used: {problem}", OWN_FOLDER)
     return Finding("ok", "cache", f"{store.root}, private")
 
 
@@ -199,7 +200,7 @@ def cache_report(action: str) -> str:
     store = cache.default()
     problem = store.problem()
     if problem is not None:
-        return f"not used: {problem}; set LQ_CACHE_DIR to a folder of your own"
+        return f"not used: {problem}; {OWN_FOLDER}"
     if action == "clear":
         return f"{store.root}: {store.clear()} removed"
     if action == "verify":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 import shlex
 import shutil
@@ -11,13 +10,13 @@ import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .device import measured
 from .errors import ArgumentError
 from .report import size
 
@@ -99,16 +98,10 @@ def committed() -> list[dict[str, Any]]:
 
     Raises ArgumentError where one is not of this schema.
     """
-    room = resources.files(__package__).joinpath("measured")
-    if not room.is_dir():
-        return []
-    found = []
-    for path in sorted(room.iterdir(), key=lambda path: path.name):
-        if path.name.endswith(".json"):
-            document = json.loads(path.read_text())
-            rows_of(document)
-            found.append({**document, "file": path.name})
-    return found
+    found = measured()
+    for document in found.values():
+        rows_of(document)
+    return [{**document, "file": name} for name, document in found.items()]
 
 
 def table(document: Mapping[str, Any], ms: Sequence[int] = (1, 2, 4, 8), formats: Iterable[str] | None = None) -> str:

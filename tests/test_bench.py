@@ -13,6 +13,7 @@ import sympy
 import torch
 
 from lqcompile import bench, cli, neighbours, results, timing, trial
+from lqcompile import device as machine
 from lqcompile.errors import ArgumentError, Refused
 from lqcompile.formats import bound, code_range, dequantize, validate
 from lqcompile.kernels import build, registry
@@ -388,7 +389,7 @@ def test_committed_results_are_read_in_the_order_of_their_names(tmp_path, monkey
     (tmp_path / "measured").mkdir()
     for name in ("b.json", "a.json", "notes.txt"):
         (tmp_path / "measured" / name).write_text(json.dumps(document(row())))
-    monkeypatch.setattr(results.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(machine.resources, "files", lambda package: tmp_path)
     assert [result["file"] for result in bench.committed()] == ["a.json", "b.json"]
     (tmp_path / "measured" / "c.json").write_text('{"schema": 0}')
     with pytest.raises(ArgumentError):
