@@ -33,7 +33,7 @@ DENSE_WARPS = 8
 # Tiles of 32 x 128 of a thread block: up to so many lut.cu divides right in float32.
 MOST_UNITS = 1 << 15
 # Thread blocks that share k, the share of the multiprocessors that clusters of so many reach, and what sums cost.
-CLUSTERS = ((1, 1.0, 0), (2, 1.0, 10), (4, 0.9, 40), (8, 0.85, 60))
+CLUSTERS = ((1, 1.0, 0), (2, 1.0, 10_000), (4, 0.9, 80_000), (8, 0.85, 120_000))
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,22 @@ class Shape:
             ("LQ_STAGES", self.stages),
         )
 
-    def shared(self, tiles: int, blocks: int, split: int) -> int:
-        """Bytes of shared memory that lut_gemm needs for `tiles` row tiles and `blocks` blocks of 128 inputs."""
+    @property
+    def stage(self) -> int:
+        """Bytes of a tile with its groups' factors."""
         f, groups = self.format, max(self.groups, 1)
         factor = SCALE_DTYPES[f.scale_dtype].itemsize
-        stage = 512 * (4 if f.form == "table" else f.bits)
-        stage += groups * 32 * factor * (f.bits if f.form == "binary" else 1)
-        stage += groups * 32 * {"none": 0, "int": 2, "float": factor if f.form == "binary" else 4}[f.zero]
-        columns = 8 if self.mode == HALVES else self.rows
+        zero = {"none": 0, "int": 2, "float": factor if f.form == "binary" else 4}[f.zero]
+        return 512 * (4 if f.form == "table" else f.bits) + groups * 32 * (factor * (f.bits if f.form == "binary" else 1) + zero)
+
+    def shared(self, tiles: int, blocks: int, split: int) -> int:
+        """Bytes of shared memory that lut_gemm needs for `tiles` row tiles and `blocks` blocks of 128 inputs."""
+        columns, groups = 8 if self.mode == HALVES else self.rows, max(self.groups, 1)
         slots = (tiles + self.warps - 1) * 32 * columns * 4
         x = blocks * (self.rows * (384, 512, 256)[self.mode] + (1 + groups * (4, 2, 1)[self.mode]) * columns * 4)
-        pairs = 256 * 32 * 4 if f.form == "table" else 0
+        pairs = 256 * 32 * 4 if self.format.form == "table" else 0
         wholes = split * tiles * 32 * columns * 4
-        return self.warps * self.stages * stage + pairs + slots + x + tiles * 64 + wholes
+        return self.warps * self.stages * self.stage + pairs + slots + x + tiles * 64 + wholes
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,10 @@ def warps_of(format: Format, rows: int, groups: int) -> int:
 def cut(call: Call, x_dtype: torch.dtype, rows: int, sms: int, shared: int, clusters: bool) -> Cut | None:
     """The best way to spread a call on `sms` multiprocessors of `shared` bytes; None where x does not fit.
 
-    Times are in tiles of 32 x 128 at the rate at which memory delivers them to one of all multiprocessors. Measured
-    on an H200: one multiprocessor alone takes a tile in `limit`, a block and row of x costs `effort` to prepare, and a
-    cluster's sums 10 or more. Of clusters of four or more, which must lie within a part of the chip, not as many as the
-    multiprocessors would hold run at once.
+    Times are in bytes at the rate at which memory delivers them to one of all multiprocessors. Measured on an H200: one
+    multiprocessor alone takes `limit` times its tiles' bytes, and a block and row of x costs `effort` to prepare. Of
+    clusters of four or more, which must lie within a part of the chip, not as many as the multiprocessors would hold
+    run at once.
     """
     groups = groups_of(call.format, call.k)
     assert groups is not None
@@ -132,7 +135,8 @@ def cut(call: Call, x_dtype: torch.dtype, rows: int, sms: int, shared: int, clus
     warps = warps_of(call.format, rows, groups)
     for stages, count in ((3, warps), (2, warps), (2, warps // 2), (2, warps // 4)):
         shape = Shape(call.format, x_dtype, rows, groups, count, stages)
-        limit, effort = ((0.67, 0.3), (0.8 if rows == 2 else 1.25, 0.2), (1.6, 0.2))[shape.mode]
+        limit, effort = ((0.67, 1200), (0.8 if rows == 2 else 1.25, 800), (1.6, 800))[shape.mode]
+        ring = shape.stage * count * (stages - 1)
         for split, usable, sums in CLUSTERS if clusters else CLUSTERS[:1]:
             if split > blocks:
                 break
@@ -147,8 +151,10 @@ def cut(call: Call, x_dtype: torch.dtype, rows: int, sms: int, shared: int, clus
             if need > shared:
                 continue
             waves = -(-(-(-all_tiles // tiles) * split) // slots)
-            flow = max(all_tiles * blocks / sms, limit * waves * tiles * span)
-            seconds = flow + waves * effort * rows * span + sums
+            flow = max(all_tiles * blocks / sms, limit * waves * tiles * span) * shape.stage
+            # While x is prepared the rings fill; what it takes beyond that is lost.
+            lost = waves * max(effort * rows * span - ring, 0)
+            seconds = flow + lost + sums
             if best is None or seconds < best[0]:
                 best = (seconds, Cut(shape, tiles, split, span, need))
         if best is not None:
