@@ -222,7 +222,8 @@ class Driver:
 
 
 @functools.cache
-def _driver() -> Driver:
+def libcuda() -> Driver:
+    """The driver of this process, loaded once."""
     return Driver(ctypes.CDLL("libcuda.so.1"))
 
 
@@ -230,7 +231,7 @@ class _Slots(threading.local):
     """Where one thread puts together its launches of one function."""
 
     def __init__(self, signature: str) -> None:
-        self.memory = (ctypes.c_uint64 * (struct.calcsize(signature) // 8 + 1))()
+        self.memory = (ctypes.c_uint64 * (struct.calcsize(_format(signature)) // 8 + 1))()
         at = ctypes.addressof(self.memory)
         self.pointers = (ctypes.c_void_p * len(signature))(*(at + offset for offset, _ in _fields(signature)))
         self.configs: dict[tuple[Any, ...], tuple[LaunchConfig, Any]] = {}
@@ -238,10 +239,15 @@ class _Slots(threading.local):
         self.where = ctypes.byref(self.context)
 
 
+def _format(signature: str) -> str:
+    """The signature as `struct` knows it."""
+    return signature.replace("T", "128s")
+
+
 def _fields(signature: str) -> list[tuple[int, int]]:
     """Offset and size (bytes) of each parameter, as C lays them out."""
-    sizes = [struct.calcsize(kind) for kind in signature]
-    return [(struct.calcsize(signature[: i + 1]) - size, size) for i, size in enumerate(sizes)]
+    sizes = [struct.calcsize(_format(kind)) for kind in signature]
+    return [(struct.calcsize(_format(signature[: i + 1])) - size, size) for i, size in enumerate(sizes)]
 
 
 class Function:
@@ -258,7 +264,7 @@ class Function:
     def __init__(self, driver: Driver, context: ctypes.c_void_p, handle: ctypes.c_void_p, name: str, signature: str):
         self.name, self.signature = name, signature
         self._driver, self._context, self._handle, self._where = driver, context, handle, context.value
-        self._pack, self._slots = struct.Struct(signature).pack_into, _Slots(signature)
+        self._pack, self._slots = struct.Struct(_format(signature)).pack_into, _Slots(signature)
         self.shared_bytes, self.local_bytes, self.registers = map(self._attribute, (1, 3, 4))
 
     def _attribute(self, which: int) -> int:
@@ -273,7 +279,7 @@ class Function:
         shared: int,
         cluster: tuple[int, int, int],
         stream: int,
-        values: Sequence[int | float],
+        values: Sequence[int | float | bytes],
         pdl: bool = False,
     ) -> None:
         """Queues the kernel on `stream` (a handle of this function's device) and returns. From any thread.
@@ -332,12 +338,13 @@ def load_cuda(
 ) -> Function:
     """The kernel `entry` (extern "C") of `source`, compiled for a device and loaded on it, once.
 
-    `signature` has a letter for each parameter: P a pointer, i an int, q a long long, f a float. `shared_bytes` is
-    the most dynamic shared memory that a launch will ask for. From any thread, also while a stream is captured.
+    `signature` has a letter for each parameter: P a pointer, i an int, q a long long, f a float and, only first, T a
+    tensor map. `shared_bytes` is the most dynamic shared memory that a launch will ask for. From any thread, also
+    while a stream is captured.
     Raises what `cubin` raises; ArgumentError where the signature is not the kernel's; RuntimeError from the driver.
     """
-    if not re.fullmatch("[Piqf]*", signature):
-        raise ArgumentError("signature", signature, "letters of P i q f")
+    if not re.fullmatch("T?[Piqf]*", signature):
+        raise ArgumentError("signature", signature, "letters of P i q f, after at most one T")
     properties = torch.cuda.get_device_properties(device_index)
     image = cubin(source, arch_of(properties.major, properties.minor), defines)
     with _LOADING:
@@ -346,7 +353,7 @@ def load_cuda(
 
 @functools.cache
 def _load(image: bytes, entry: str, signature: str, device_index: int, shared_bytes: int) -> Function:
-    driver = _driver()
+    driver = libcuda()
     device, context = ctypes.c_int(), ctypes.c_void_p()
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     driver("cuInit", 0)
@@ -371,9 +378,10 @@ def _check_signature(function: Function, handle: ctypes.c_void_p) -> None:
     if get is None:
         # Drivers before CUDA 12.4.
         return
-    found: list[tuple[int, int]] = []
+    found: list[int] = []
     offset, size = ctypes.c_size_t(), ctypes.c_size_t()
     while get(handle, ctypes.c_size_t(len(found)), ctypes.byref(offset), ctypes.byref(size)) == 0:
-        found.append((offset.value, size.value))
-    if found != _fields(function.signature):
-        raise ArgumentError("signature", function.signature, f"(offset, size) of {function.name}'s parameters: {found}")
+        found.append(size.value)
+    if found != [size for _, size in _fields(function.signature)]:
+        raise ArgumentError("signature", function.signature, f"parameters of {function.name}, in bytes: {found}")
+

@@ -26,27 +26,32 @@ from ..types import SCALE_DTYPES, Format, QWeight
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of 32 rows x 128 columns, for kernels/lut.cu; each holds its fields alone, so w can be cut between tiles.
+    """Tiles of 32 rows x 128 columns; each holds its fields alone, so w can be cut between tiles, and joined.
 
-    Row 8o + g of a tile and column 32u + 16h + 4r + t are digits `o g u h r t`; `order[width]` is the order in which
-    fields of that width stand, the last digits within a byte, low bits first. Lane 4g + t of a warp then reads, 16
-    bytes at a time, what its registers of mma.m16n8k128.b1 (width 1) or mma.m16n8k16 (pairs of width 4) hold.
-    What has a number for each row and group is stored as [row tiles, groups, (planes,) 4g + o]. Padding, up to whole
-    tiles, is zero.
+    A row of a tile is written in the digits `O w g`, the first counting most: row 16 O + 8 w + g; a column in those of
+    `columns`. `order[width]` is the order in which fields of that width stand, the last digits within a byte, low bits
+    first: lane 4g + t of a warp then reads, 16 bytes at a time, what its registers of a tensor core's operand hold.
+    What has a number for each row and group is stored as [row tiles, groups, (planes,) 4g + 2O + w]. Padding, up to
+    whole tiles, is zero.
     """
 
+    columns: str
     order: Mapping[int, str]
 
-    SIZES: ClassVar[Mapping[str, int]] = {"o": 4, "g": 8, "u": 4, "t": 4, "h": 2, "r": 4}
-    AXES: ClassVar[str] = "NogKuhrt"
+    SIZES: ClassVar[Mapping[str, int]] = {"O": 2, "w": 2, "g": 8, "U": 2, "v": 2, "h": 2, "p": 2, "q": 2, "t": 4}
+
+    @property
+    def _axes(self) -> str:
+        return "NOwgK" + self.columns.replace(" ", "")
 
     def pack(self, codes: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
         """uint8 codes [n, k] as one uint8 tensor [row tiles, column tiles, bytes of a tile]."""
         n, k = codes.shape
-        digits = F.pad(codes, (0, -k % 128, 0, -n % 32)).view(-(-n // 32), 4, 8, -(-k // 128), 4, 2, 4, 4)
+        axes, sizes = self._axes, {"N": -(-n // 32), "K": -(-k // 128), **self.SIZES}
+        digits = F.pad(codes, (0, -k % 128, 0, -n % 32)).view([sizes[d] for d in axes])
         planes = []
         for fields, width in zip(_fields(digits, widths), widths, strict=True):
-            stored = fields.permute([self.AXES.index(d) for d in self._stored(width)])
+            stored = fields.permute([axes.index(d) for d in self._stored(width)])
             flat = stored.reshape(stored.shape[0], stored.shape[1] * 4096)
             planes.append(_pack_plane(flat, width).view(*stored.shape[:2], 512 * width))
         return [torch.cat(planes, -1)]
@@ -61,7 +66,7 @@ class Tiles:
             shape = [*plane.shape[:2], *(self.SIZES[d] for d in stored[2:])]
             flat = plane.reshape(shape[0], shape[1] * 512 * width)
             fields = unpack_plane(flat, width, shape[1] * 4096, torch.uint8)
-            fields = fields.view(shape).permute([stored.index(d) for d in self.AXES])
+            fields = fields.view(shape).permute([stored.index(d) for d in self._axes])
             fields = fields.reshape(shape[0] * 32, shape[1] * 128)[:n, :k] << shift
             out = fields if out is None else out | fields
             shift += width
@@ -149,7 +154,7 @@ class Layout:
         return self.tiles.get(device, ROWS)
 
     def widths(self, format: Format, device: str = "cpu") -> tuple[int, ...]:
-        # Codes of a table are looked up by nibbles: single bits would have to be put together first.
+        # Codes of a table are looked up by nibbles: narrower fields would have to be put together first.
         if device in self.tiles and format.form == "table" and format.bits <= 4:
             return (4,)
         return self.fields[format.bits]
@@ -286,7 +291,24 @@ LUT = Layout(
     "lut",
     tuple((1,) * bits for bits in range(9)),
     ("affine", "table", "binary"),
-    {"cuda": Tiles({1: "g t o h u r", 4: "o g t u r h"})},
+    # The registers of mma.m16n8k128.b1 (width 1), and pairs of them of mma.m16n8k16 (width 4), of kernels/lut.cu.
+    {"cuda": Tiles("U v h p q t", {1: "g t O w h U v p q", 4: "O w g t U v p q h"})},
 )
-QUICK = Layout("quick", _WIDEST, ("affine", "table"))
+QUICK = Layout(
+    "quick",
+    _WIDEST,
+    ("affine", "table"),
+    # Those of mma.m16n8k16 and of wgmma.m64nNk16, at bit 16h + 8p + 4q + ... of a word, of kernels/quick.cuh.
+    {
+        "cuda": Tiles(
+            "U v p q t h",
+            {
+                1: "g t O w h p q U v",
+                2: "O g t w U h p q v",
+                4: "O w g t U v h p q",
+                8: "O w U g t v p h q",
+            },
+        )
+    },
+)
 LAYOUTS = {layout.name: layout for layout in (LUT, QUICK)}

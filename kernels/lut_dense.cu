@@ -15,12 +15,6 @@ constexpr int WARPS = 8, PITCH = 136;  // 16-bit numbers from row to row: eight 
 template <bool WIDE> struct Sum { typedef float type; };
 template <> struct Sum<true> { typedef double type; };
 
-template <int TYPE> __device__ __forceinline__ float number(const void* at, u64 i) {
-    if constexpr (TYPE == FLOAT) return ((const float*)at)[i];
-    else if constexpr (TYPE == INT16) return ((const short*)at)[i];
-    else return to_float<TYPE>(((const u16*)at)[i]);
-}
-
 // grid: the tiles, WARPS to a block of threads.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 lut_dense(Bytes planes, const void* scale, const void* zero, const float* table, u16* out, int n, int k, int group, int groups,

@@ -209,9 +209,9 @@ __device__ __forceinline__ void tile_halves(float (&sum)[N][4], u32 stage, u32 x
     }
 }
 
-template <int WHICH, int N>
-__device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, const float* facts, u32 pairs, int lane) {
-    if constexpr (WHICH == BITS) tile_bits(sum, stage, x, facts, lane);
-    else if constexpr (WHICH == BYTES) tile_bytes(sum, stage, x, facts, lane);
-    else tile_halves(sum, stage, x, facts, pairs, lane);
+template <int N>
+__device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, const float* facts, u32 extra, int lane) {
+    if constexpr (MODE == BITS) tile_bits(sum, stage, x, facts, lane);
+    else if constexpr (MODE == BYTES) tile_bytes(sum, stage, x, facts, lane);
+    else tile_halves(sum, stage, x, facts, extra + lane * 4, lane);
 }

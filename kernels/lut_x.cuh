@@ -15,20 +15,6 @@ __device__ __forceinline__ float unit(u32 greatest) {
     return power(exponent(greatest) - (MODE == HALVES ? 24 : 23));
 }
 
-// Starts the copy of eight 16-bit numbers of which `left` exist; the others are zero. `wide`: `from` is at a multiple of
-// 16 bytes. Where nothing is copied, `readable` stands for an address.
-__device__ __forceinline__ void copy_eight(u32 to, const u16* from, int left, bool wide, const u16* readable) {
-    if (wide && (left >= 8 || left <= 0)) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(left > 0 ? from : readable), "r"(left > 0 ? 16 : 0) : "memory");
-    } else {
-#pragma unroll 1
-        for (int i = 0; i < 8; i++) {
-            const u16 v = i < left ? from[i] : (u16)0;
-            asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + 2 * i), "h"(v) : "memory");
-        }
-    }
-}
-
 // Starts the copy of one block of x, all rows, to where it will be prepared: [row][128].
 __device__ __forceinline__ void fetch_x(u32 to, const u16* x, int m, int k, int block, bool wide, int lane) {
 #pragma unroll
@@ -149,7 +135,7 @@ __device__ __forceinline__ void prepare_halves(unsigned char* to, float* facts, 
     const float fill = power(min(15 - exponent(greatest), 127)), up = power(-position);
 #pragma unroll
     for (int t = 0; t < 4; t++)
-        *(u32*)(to + u * ROWS * 64 + t * 16 + r * 4) = two_halves(f[0][t] * fill * up, f[1][t] * fill * up);
+        *(u32*)(to + u * ROWS * 64 + t * 16 + r * 4) = pair<HALF>(f[0][t] * fill * up, f[1][t] * fill * up);
     if ((lane & 15) == 15) facts[0] = unit(greatest);
     // The sum in units of the product; in two factors, for the same reason.
     const int less = -9 - exponent(greatest);

@@ -22,18 +22,19 @@ template <int TYPE> __device__ __forceinline__ float to_float(u16 bits) {
     return TYPE == HALF ? half_to_float(bits) : as_float((u32)bits << 16);
 }
 
+// Number i of an array of TYPE.
+template <int TYPE> __device__ __forceinline__ float number(const void* at, u64 i) {
+    if constexpr (TYPE == FLOAT) return ((const float*)at)[i];
+    else if constexpr (TYPE == INT16) return ((const short*)at)[i];
+    else return to_float<TYPE>(((const u16*)at)[i]);
+}
+
 // A float as the bits of a half or a bfloat16, to nearest even.
 template <int TYPE> __device__ __forceinline__ u16 rounded(float f) {
     u16 bits;
     if constexpr (TYPE == HALF) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
     else asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
     return bits;
-}
-
-__device__ __forceinline__ u32 two_halves(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
 }
 
 // The bits of `a` where `mask` is set, else those of `b`.
@@ -50,8 +51,29 @@ __device__ __forceinline__ u64 read_once() {
     return policy;
 }
 
+// As usual: they will be read again.
+__device__ __forceinline__ u64 read_again() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 __device__ __forceinline__ void copy_async(u32 to, Bytes from, u64 policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
+
+// Starts the copy of eight 16-bit numbers of which `left` exist; the others are zero. `wide`: `from` is at a multiple of
+// 16 bytes. Where nothing is copied, `readable` stands for an address.
+__device__ __forceinline__ void copy_eight(u32 to, const u16* from, int left, bool wide, const u16* readable) {
+    if (wide && (left >= 8 || left <= 0)) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(left > 0 ? from : readable), "r"(left > 0 ? 16 : 0) : "memory");
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < 8; i++) {
+            const u16 v = i < left ? from[i] : (u16)0;
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + 2 * i), "h"(v) : "memory");
+        }
+    }
 }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -68,6 +90,64 @@ __device__ __forceinline__ u32 load4(u32 at) {
     u32 v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
     return v;
+}
+
+__device__ __forceinline__ void load8(u32* out, u32 at) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "r"(at));
+}
+
+// Two numbers that stand together in shared memory.
+template <int TYPE> __device__ __forceinline__ void load_two(float (&out)[2], u32 at) {
+    if constexpr (TYPE == FLOAT) {
+        u32 v[2];
+        load8(v, at);
+        out[0] = as_float(v[0]), out[1] = as_float(v[1]);
+    } else {
+        const u32 v = load4(at);
+        if constexpr (TYPE == INT16) out[0] = (short)v, out[1] = (int)v >> 16;
+        else out[0] = to_float<TYPE>(v & 0xffff), out[1] = to_float<TYPE>(v >> 16);
+    }
+}
+
+// Four numbers that stand together in shared memory: those of rows g, g + 8, g + 16, g + 24.
+template <int TYPE> __device__ __forceinline__ void load_four(float (&out)[4], u32 at) {
+    if constexpr (TYPE == FLOAT) {
+        u32 v[4];
+        load16(v, at);
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] = as_float(v[i]);
+    } else {
+        u32 v[2];
+        load8(v, at);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u16 bits = i % 2 ? v[i / 2] >> 16 : v[i / 2] & 0xffff;
+            if constexpr (TYPE == INT16) out[i] = (short)bits;
+            else out[i] = to_float<TYPE>(bits);
+        }
+    }
+}
+
+// Four 8 x 8 matrices of 16-bit numbers, of each the piece that a lane holds as an operand; lane i points to row i % 8 of
+// matrix i / 8.
+__device__ __forceinline__ void load_matrices(u32 (&out)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(at) : "memory");
+}
+
+// a b + c in pairs of halves or bfloat16s.
+template <int TYPE> __device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) {
+    u32 d;
+    if constexpr (TYPE == HALF) asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+template <int TYPE> __device__ __forceinline__ u32 pair(float low, float high) {
+    u32 d;
+    if constexpr (TYPE == HALF) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
 }
 
 __device__ __forceinline__ void mma_bits(int (&c)[4], u32 a0, u32 a1, u32 b) {
@@ -87,7 +167,51 @@ __device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+__device__ __forceinline__ void mma_bfloat(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Registers that a warpgroup gives away, and those that it takes: both in all of its warps.
+template <int LEFT> __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LEFT)); }
+template <int ALL> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ALL)); }
+
+// How a matrix lies in memory, as the driver encodes it.
+struct __align__(64) TensorMap {
+    u64 words[16];
+};
+
 #if __CUDA_ARCH__ >= 900
+// The copy engine: one lane asks for a whole piece, and a barrier in shared memory counts the bytes that have come.
+__device__ __forceinline__ void barrier_init(u32 at, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.proxy.async.shared::cta;" ::"r"(at), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 at) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory"); }
+
+__device__ __forceinline__ void barrier_expect(u32 at, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(at), "r"(parity)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_bulk(u32 to, Bytes from, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+
+// A box of the matrix, as large as the map says, from (column, row); what lies outside is zero.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map),
+                 "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
 // Programmatic dependent launch: the next kernel may start, and fetch its weights, while this one still runs.
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

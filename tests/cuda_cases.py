@@ -60,14 +60,14 @@ class Case:
         return Format(self.form, self.bits, self.group or k, self.zero, self.scale_dtype)
 
 
-# Numbers of rows for which lut.cu has different specialisations, in two shares.
-ODD, EVEN = (1, 3, 4), (2, 5, 8)
+# Numbers of rows for which lut.cu, and beyond 8 quick_sm90.cu, have different specialisations, in two shares.
+ODD, EVEN = (1, 3, 4, 33), (2, 5, 8, 70)
 CASES = [
     Case("affine", "none", 4, 128, "bfloat16", BFLOAT, ODD),
     Case("affine", "none", 1, 32, "float16", HALF, EVEN),
     Case("affine", "none", 5, 256, "float16", BFLOAT, ODD),
     Case("affine", "none", 8, 0, "float32", HALF, EVEN),
-    Case("affine", "int", 4, 128, "float16", HALF, (1, 2, 3, 4, 5, 6, 7, 8, 9, 17)),
+    Case("affine", "int", 4, 128, "float16", HALF, (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 31, 64, 130)),
     Case("affine", "int", 2, 64, "float32", BFLOAT, ODD),
     Case("affine", "int", 3, 32, "bfloat16", HALF, EVEN),
     Case("affine", "int", 8, 128, "float16", BFLOAT, ODD),
@@ -75,16 +75,16 @@ CASES = [
     Case("affine", "float", 4, 64, "float16", HALF, ODD),
     Case("affine", "float", 7, 32, "bfloat16", BFLOAT, EVEN),
     Case("affine", "float", 1, 0, "float16", HALF, ODD),
-    Case("table", "none", 4, 64, "float16", HALF, (*EVEN, 17)),
+    Case("table", "none", 4, 64, "float16", HALF, EVEN),
     Case("table", "none", 3, 32, "bfloat16", BFLOAT, ODD),
     Case("table", "none", 2, 0, "float32", HALF, EVEN),
     Case("table", "none", 1, 256, "float16", BFLOAT, ODD),
-    Case("table", "none", 8, 128, "float16", HALF, (*ODD, 17)),
+    Case("table", "none", 8, 128, "float16", HALF, ODD),
     Case("binary", "none", 3, 32, "float32", BFLOAT, ODD),
     Case("binary", "none", 1, 128, "float16", HALF, EVEN),
     Case("binary", "none", 4, 0, "bfloat16", BFLOAT, ODD),
     Case("binary", "none", 8, 64, "float16", HALF, EVEN),
-    Case("binary", "float", 2, 128, "float16", BFLOAT, (*ODD, 9)),
+    Case("binary", "float", 2, 128, "float16", BFLOAT, ODD),
     Case("binary", "float", 4, 256, "float32", HALF, EVEN),
     Case("binary", "float", 5, 32, "bfloat16", HALF, ODD),
     Case("binary", "float", 7, 0, "float16", HALF, EVEN),

@@ -59,10 +59,10 @@ def compiled(monkeypatch):
     return seen
 
 
-def variants():
-    """(source, entry, defines) of every kernel that a module of the kernels folder declares as CUDA_VARIANTS."""
+def variants(name):
+    """(source, entry, defines) of every kernel that a module of the kernels folder declares under `name`."""
     for module in pkgutil.iter_modules(kernels.__path__):
-        yield from getattr(importlib.import_module(f"{kernels.__name__}.{module.name}"), "CUDA_VARIANTS", ())
+        yield from getattr(importlib.import_module(f"{kernels.__name__}.{module.name}"), name, ())
 
 
 def name_of(variant):
@@ -71,10 +71,16 @@ def name_of(variant):
 
 
 @pytest.mark.parametrize("arch", build.ARCHS)
-@pytest.mark.parametrize("variant", list(variants()), ids=name_of)
+@pytest.mark.parametrize("variant", list(variants("CUDA_VARIANTS")), ids=name_of)
 def test_every_kernel_compiles_for_every_architecture(variant, arch):
     source, entry, defines = variant
     assert f".text.{entry}\0".encode() in build.cubin(source, arch, defines)
+
+
+@pytest.mark.parametrize("variant", list(variants("HOPPER_VARIANTS")), ids=name_of)
+def test_every_kernel_for_hopper_compiles(variant):
+    source, entry, defines = variant
+    assert f".text.{entry}\0".encode() in build.cubin(source, "sm_90a", defines)
 
 
 @pytest.mark.parametrize("arch", build.ARCHS)
@@ -231,7 +237,7 @@ def library(tmp_path_factory):
 @pytest.fixture
 def load(texts, library, monkeypatch):
     """load_cuda on a Hopper that is not there, for kernels with the parameters of `signature`."""
-    monkeypatch.setattr(build, "_driver", lambda: build.Driver(library))
+    monkeypatch.setattr(build, "libcuda", lambda: build.Driver(library))
     hopper = types.SimpleNamespace(major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: hopper)
 

@@ -1,4 +1,4 @@
-"""The tiles in which layout `lut` is stored for CUDA: each bit, nibble and factor where kernels/lut.cu reads it."""
+"""The tiles in which layouts are stored for CUDA: each code and factor where the kernels read it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lqcompile.errors import ArgumentError
 from lqcompile.formats import GROUPED, code_range, parts_of
-from lqcompile.kernels.layout import LAYOUTS, LUT, Tiles, check_parts
+from lqcompile.kernels.layout import LAYOUTS, LUT, QUICK, Tiles, check_parts
 from lqcompile.types import SCALE_DTYPES, Format, QWeight
 
 from .test_formats import SEEDS, make, same
@@ -120,20 +120,47 @@ def test_factors_are_where_the_kernel_reads_them(form, zero, data, seed):
         assert stored.count_nonzero() == value.count_nonzero(), f"padding of {name}"
 
 
+@pytest.mark.parametrize("zero", ["none", "int", "float"])
+@given(st.data(), SEEDS)
+def test_quick_codes_are_where_the_kernel_reads_them(zero, data, seed):
+    w = data.draw(weights("affine", zero))
+    parts = QUICK.pack(w, "cuda")
+    same(QUICK.unpack(parts, w.format, w.n, w.k, "cuda"), w)
+    for row, column in places(w, Random(seed)):
+        tile = parts[0][row // 32, column // 128].numpy().tobytes()
+        code = int(w.codes[row, column]) - code_range(w.format)[0]
+        half, octet, g = row % 32 // 16, row % 16 // 8, row % 8
+        u, p, q, t, h = column % 128 // 32, column % 32 // 16, column % 16 // 8, column % 8 // 2, column % 2
+        lane, at, low = 4 * g + t, 0, 0
+        for width in QUICK.widths(w.format, "cuda"):
+            # Pieces of 512 bytes, 16 for each lane; the place of a 32-bit word in them, and of a bit in the word.
+            piece, word, bit = {
+                8: (2 * (2 * half + octet) + u // 2, 2 * (u % 2) + p, 16 * h + 8 * q),
+                4: (2 * half + octet, u, 16 * h + 8 * p + 4 * q),
+                2: (half, 2 * octet + u // 2, 16 * h + 8 * p + 4 * q + 2 * (u % 2)),
+                1: (0, 2 * half + octet, 16 * h + 8 * p + 4 * q + u),
+            }[width]
+            start = at + 512 * piece + 16 * lane + 4 * word
+            found = int.from_bytes(tile[start : start + 4], "little") >> bit & (1 << width) - 1
+            assert found == code >> low & (1 << width) - 1
+            at, low = at + 512 * width, low + width
+
+
 @given(
-    st.permutations("ogthur"), st.sampled_from([1, 2, 4, 8]), st.sampled_from(ROWS), st.sampled_from([5, 128, 300]),
-    SEEDS,
+    st.permutations("OwgUvhpqt"), st.permutations("Uvhpqt"), st.sampled_from([1, 2, 4, 8]), st.sampled_from(ROWS),
+    st.sampled_from([5, 128, 300]), SEEDS,
 )  # fmt: skip
-def test_any_order_is_an_index_map(order, width, n, k, seed):
-    tiles = Tiles({width: " ".join(order)})
+def test_any_order_is_an_index_map(order, columns, width, n, k, seed):
+    tiles = Tiles(" ".join(columns), {width: " ".join(order)})
     codes = torch.randint(0, 1 << width, (n, k), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     (planes,) = tiles.pack(codes, (width,))
     assert [tuple(planes.shape)] == tiles.plane_shapes((width,), n, k)
     assert torch.equal(tiles.unpack([planes], (width,), n, k, torch.uint8), codes)
     random = Random(seed)
     for row, column in ((random.randrange(n), random.randrange(k)) for _ in range(20)):
-        digits = {"o": row % 32 // 8, "g": row % 8, "u": column % 128 // 32, "h": column % 32 // 16}
-        digits |= {"r": column % 16 // 4, "t": column % 4}
+        digits, rest = {"O": row % 32 // 16, "w": row % 16 // 8, "g": row % 8}, column % 128
+        for digit in reversed(columns):
+            rest, digits[digit] = divmod(rest, Tiles.SIZES[digit])
         index = 0
         for digit in order:
             index = index * Tiles.SIZES[digit] + digits[digit]

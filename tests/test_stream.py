@@ -1,4 +1,4 @@
-"""How kernels/lut.py spreads a call, and the arithmetic by which lut.cu finds its way: everything that needs no GPU."""
+"""How kernels/stream.py spreads a call, and the arithmetic by which stream.cuh finds its way: all that needs no GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lqcompile.kernels import lut
+from lqcompile.kernels import lut, quick, stream
 from lqcompile.kernels.registry import Call
 from lqcompile.types import Format
 
@@ -25,28 +25,51 @@ GPUS = [(108, 163 << 10, False), (128, 99 << 10, False), (132, 227 << 10, True),
 GPUS += [(170, 99 << 10, True)]
 
 
-def spread(f: Format, n: int, k: int, rows: int, gpu: tuple[int, int, bool]) -> lut.Cut | None:
-    return lut.cut(Call("lut", f, n, k), torch.float16, rows, *gpu)
+def spread(f: Format, n: int, k: int, rows: int, gpu: tuple[int, int, bool], layout: str = "lut") -> stream.Cut | None:
+    groups = stream.groups_of(f, k) or 0
+    kind = {"lut": lut.Shape, "quick": quick.Shape}[layout]
+    warps = lut.warps_of(f, rows, groups) if layout == "lut" else quick.warps_of(rows, groups)
+    return stream.cut(kind, Call(layout, f, n, k), torch.float16, rows, warps, gpu)
 
 
 @given(
     f=st.sampled_from(FORMATS),
     n=st.one_of(st.integers(1, 300), st.sampled_from([1024, 4096, 14336, 49152, 128256, 1 << 20])),
     blocks=st.one_of(st.integers(1, 40), st.sampled_from([112, 224, 416, 1024])),
-    rows=st.sampled_from([1, 2, 4, 8]),
+    rows=st.sampled_from([1, 2, 4, 8, 16]),
     gpu=st.sampled_from(GPUS),
+    layout=st.sampled_from(["lut", "quick"]),
 )
-def test_every_tile_has_one_thread_block_and_everything_fits(f, n, blocks, rows, gpu):
+def test_every_tile_has_one_thread_block_and_everything_fits(f, n, blocks, rows, gpu, layout):
     k = blocks * 256
-    rows = max(rows, lut.ROWS[f.form][0])
-    found = spread(f, n, k, rows, gpu)
+    if layout == "quick" and f.form != "affine":
+        return
+    rows = max(min(rows, 8), lut.ROWS[f.form][0]) if layout == "lut" else rows
+    found = spread(f, n, k, rows, gpu, layout)
     if found is None:
         return
     all_blocks, row_tiles = k // 128, -(-n // 32)
     assert found.shared <= gpu[1] and found.split in (1, 2, 4, 8) and (gpu[2] or found.split == 1)
     assert found.range * (found.split - 1) < all_blocks <= found.range * found.split
-    assert 1 <= found.tiles <= row_tiles + found.tiles and found.tiles * found.range <= max(lut.MOST_UNITS, found.range)
+    assert 1 <= found.tiles <= row_tiles + found.tiles
+    assert found.tiles * found.range <= max(stream.MOST_UNITS, found.range)
     assert found.shape.stages >= 2 and found.shape.warps >= 2
+
+
+@given(
+    f=st.sampled_from([f for f in FORMATS if f.form == "affine"]),
+    n=st.one_of(st.integers(1, 300), st.sampled_from([4096, 14336, 49152, 128256])),
+    blocks=st.one_of(st.integers(1, 40), st.sampled_from([112, 416])),
+    m=st.integers(1, 5000),
+)
+def test_a_batch_is_cut_into_what_fits(f, n, blocks, m):
+    k = blocks * 256
+    found = quick.cut_batch(Call("quick", f, n, k), torch.float16, m, 132, 227 << 10)
+    assert found is not None
+    shape, split = found
+    span = -(-(k // 128) // split)
+    assert span * (split - 1) < k // 128 and shape.shared_batch(split) <= 227 << 10
+    assert shape.rows == next((c for c in quick.COLUMNS if c >= m), 128) and shape.warps in (4, 8) and shape.stages >= 3
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
@@ -60,7 +83,7 @@ def test_usual_shapes_fill_the_gpu_in_one_wave(n, k, rows):
 
 
 def divided(a: numpy.ndarray, b: int, ulps: int) -> numpy.ndarray:
-    """lut.cu's divide() where the reciprocal and the product are off by `ulps` of 2^-24 each."""
+    """stream.cuh's divide() where the reciprocal and the product are off by `ulps` of 2^-24 each."""
     reciprocal = numpy.float32(numpy.float32(1) / numpy.float32(b) * (1 + ulps * 2.0**-24))
     product = (a.astype(numpy.float32) + numpy.float32(0.5)) * reciprocal
     return numpy.floor((product * (1 + ulps * 2.0**-24)).astype(numpy.float32)).astype(int)
@@ -68,12 +91,12 @@ def divided(a: numpy.ndarray, b: int, ulps: int) -> numpy.ndarray:
 
 @given(
     height=st.integers(1, 1000),
-    count=st.integers(1, lut.MOST_UNITS),
+    count=st.integers(1, stream.MOST_UNITS),
     warps=st.sampled_from([2, 4, 8, 16]),
     ulps=st.sampled_from([-2, 0, 2]),
 )
 def test_runs_of_warps_partition_the_tiles_and_their_sums_meet(height, count, warps, ulps):
-    height = max(1, min(height, lut.MOST_UNITS // count))
+    height = max(1, min(height, stream.MOST_UNITS // count))
     units = height * count
     begin = numpy.arange(warps + 1) * units // warps
     rows = divided(begin[:-1], count, ulps)

@@ -1,0 +1,102 @@
+// QUICK (arXiv 2402.10076) for a few rows: y[m, n] = x[m, k] w[n, k] with w as the first operand of mma.m16n8k16 and up to
+// eight rows of x as the columns of the second. Weights go from memory to registers as they are packed, become numbers
+// there (quick.cuh) and nowhere else; x is read as it is. A group's products are added in float32 and then scaled.
+//
+// How tiles come and sums go is told in stream.cuh. LQ_* are integers from kernels/quick.py.
+
+#include "ptx.cuh"
+
+constexpr int Q = LQ_BITS;
+constexpr int ZERO = LQ_ZERO;    // 0 none, 1 int16, 2 float32
+constexpr int SCALE = LQ_SCALE;  // HALF, BFLOAT16 or FLOAT
+constexpr int XTYPE = LQ_X;      // HALF or BFLOAT16
+constexpr int ROWS = LQ_ROWS;    // rows of x: 1, 2, 4, or a multiple of 8
+constexpr int SUB = LQ_SUB;      // groups in a block of 128 inputs; 0 where a group spans blocks
+constexpr int WARPS = LQ_WARPS, STAGES = LQ_STAGES;
+
+constexpr int GROUPS = SUB ? SUB : 1;
+constexpr int SLABS = Q;  // 512-byte pieces of a 32 x 128 tile
+constexpr int COEF_ROW = 32 * (SCALE == FLOAT ? 4 : 2), ZERO_ROW = ZERO ? 32 * (ZERO == 1 ? 2 : 4) : 0;
+constexpr int COEF_AT = SLABS * 512, ZERO_AT = COEF_AT + GROUPS * COEF_ROW, STAGE = ZERO_AT + GROUPS * ZERO_ROW;
+constexpr int X_BLOCK = ROWS * 256, FACTS = 0, COLUMNS = ROWS, SLOT = 32 * ROWS, EXTRA = 0;
+constexpr int BATCHES = (ROWS + 7) / 8;  // eights of rows of x
+constexpr int PARTS = 2 * BATCHES;       // and halves of a row tile
+
+extern __shared__ __align__(128) unsigned char shared[];
+
+#include "quick.cuh"
+
+// Starts the copy of one block of x, all rows: 16 bytes of inputs 8i stand at i ^ row, where lanes meet all banks.
+__device__ __forceinline__ void fetch_x(u32 to, const u16* x, int m, int k, int block, bool wide, int lane) {
+#pragma unroll
+    for (int i = lane; i < ROWS * 16; i += 32) {
+        const int row = i >> 4, at = block * 128 + (i & 15) * 8;
+        copy_eight(to + row * 256 + ((i ^ row) & 15) * 16, x + (u64)row * k + at, row < m ? k - at : 0, wide, x);
+    }
+}
+
+__device__ __forceinline__ void prepare(unsigned char*, float*, int) {}
+__device__ __forceinline__ float set_up(unsigned char*, const float*) { return ZERO == 2 ? 1.f : (float)(1 << -UNIT); }
+
+// One 32 x 128 tile; sum[BATCHES half + i][e] belongs to row 16 half + g + 8 (e / 2) of w and row 8i + 2t + e % 2 of x.
+template <int N>
+__device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, const float*, u32, int lane) {
+    const int g = lane >> 2;
+    u32 b[BATCHES][4][4];
+#pragma unroll
+    for (int i = 0; i < BATCHES; i++) {
+        // Columns without a row of x repeat the last: nobody reads what they give.
+        const int row = min(8 * i + (lane & 7), ROWS - 1);
+#pragma unroll
+        for (int u = 0; u < 4; u++) load_matrices(b[i][u], x + row * 256 + ((4 * u + (lane >> 3) ^ row) & 15) * 16);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        Codes codes;
+        codes.load(stage, half, lane);
+#pragma unroll
+        for (int s = 0; s < GROUPS; s++) {
+            float factor[2], zero[2];
+            load_two<SCALE>(factor, stage + COEF_AT + s * COEF_ROW + (g * 4 + half * 2) * (SCALE == FLOAT ? 4 : 2));
+            if constexpr (ZERO != 0) load_two<ZERO == 1 ? INT16 : FLOAT>(zero, stage + ZERO_AT + s * ZERO_ROW + (g * 4 + half * 2) * (ZERO == 1 ? 2 : 4));
+            else zero[0] = zero[1] = 1 << (Q - 1);
+            Zero less[2] = {zero[0], zero[1]};
+            float total[BATCHES][4] = {};
+#pragma unroll
+            for (int u = s * 4 / GROUPS; u < (s + 1) * 4 / GROUPS; u++)
+#pragma unroll
+                for (int p = 0; p < 2; p++) {
+                    u32 a[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) a[i] = codes.operand(i % 2, u, p, i / 2, less[i % 2]);
+#pragma unroll
+                    for (int i = 0; i < BATCHES; i++) mma(total[i], a, b[i][u][2 * p], b[i][u][2 * p + 1]);
+                }
+#pragma unroll
+            for (int i = 0; i < BATCHES; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) sum[BATCHES * half + i][e] = fmaf(factor[e / 2], total[i][e], sum[BATCHES * half + i][e]);
+        }
+    }
+}
+
+// What a warp found for a row tile, to its slot: [row of x][row of w].
+template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)[N][4], float final, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int column = i % BATCHES * 8 + 2 * t + e % 2;
+            if (column < ROWS) slot[column * 32 + i / BATCHES * 16 + g + 8 * (e / 2)] = sum[i][e] * final;
+            sum[i][e] = 0.f;
+        }
+}
+
+#include "stream.cuh"
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+quick_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table, const u16* __restrict__ bias,
+           u16* __restrict__ y, int m, int n, int k, int tiles, int range, int groups, u32 span, int wide) {
+    stream_gemm(x, planes, coef, zero, table, bias, y, m, n, k, tiles, range, groups, span, wide);
+}
