@@ -149,8 +149,11 @@ quick_batch(const __grid_constant__ TensorMap x, Bytes planes, Bytes coef, Bytes
             load_two<SCALE>(factor, stage + COEF_AT + s * COEF_ROW + (g * 4 + half * 2) * (SCALE == FLOAT ? 4 : 2));
             if (s == GROUPS - 1 && i + 1 < count) unpack(ahead, i + 1);
             wgmma_wait<0>();
-            // Nothing more is read of the stage.
-            if (s == GROUPS - 1 && lane == 0) barrier_arrive(barriers + i % STAGES * 16 + 8);
+            if (s == GROUPS - 1) {
+                // Nothing more is read of the stage.
+                __syncwarp();
+                if (lane == 0) barrier_arrive(barriers + i % STAGES * 16 + 8);
+            }
 #pragma unroll
             for (int e = 0; e < COLUMNS / 2; e++) sum[e] = fmaf(factor[e / 2 % 2], total[e], sum[e]);
         }

@@ -52,6 +52,15 @@ int cuFuncGetParamInfo(void *, size_t i, size_t *offset, size_t *size) {
     *size = sizes[i];
     return 0;
 }
+// A map here is its arguments, one after the other.
+int cuTensorMapEncodeTiled(void *map, int type, unsigned rank, void *at, const size_t *sizes, const size_t *strides, const unsigned *box,
+                           const unsigned *steps, int interleave, int swizzle, int promotion, int fill) {
+    if ((size_t)map % 64) return 1;
+    const size_t words[16] = {(size_t)type, rank, (size_t)at, sizes[0], sizes[1], strides[0], box[0], box[1],
+                              steps[0], steps[1], (size_t)interleave, (size_t)swizzle, (size_t)promotion, (size_t)fill, 0, 0};
+    memcpy(map, words, sizeof words);
+    return 0;
+}
 int cuGetErrorName(int code, const char **text) {
     *text = code == 1 ? "CUDA_ERROR_INVALID_VALUE" : code == 500 ? "CUDA_ERROR_NOT_FOUND" : nullptr;
     return *text ? 0 : 1;

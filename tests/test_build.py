@@ -18,6 +18,7 @@ import torch
 from lqcompile import cache, doctor, kernels
 from lqcompile.errors import ArgumentError, Reason, Refused
 from lqcompile.kernels import build
+from lqcompile.kernels.tensor_map import tensor_map
 
 FILL = """
 extern "C" __global__ void fill(float *out, int n, long long step, float value) {
@@ -300,6 +301,19 @@ def test_sizes_that_no_device_has_are_refused(load, grid, block, shared, cluster
 def test_a_signature_that_is_not_the_kernels_is_refused(load, signature):
     with pytest.raises(ArgumentError, match="signature"):
         load(signature=signature)
+
+
+def test_a_tensor_map_goes_first_and_by_value(load, library):
+    tensor_map.cache_clear()
+    made = tensor_map(0x7000, torch.bfloat16, 5, 256, (16, 64))
+    # Type, rank, address, sizes, stride in bytes, box, steps, interleave, 128-byte swizzle, promotion, fill.
+    assert struct.unpack("16Q", made) == (9, 2, 0x7000, 256, 5, 512, 64, 16, 1, 1, 0, 3, 3, 0, 0, 0)
+    load(signature="TPi", kernels_own="TPi").launch((1, 1, 1), 32, 0, (1, 1, 1), 0, (made, 0x1234, -5))
+    got = library.lq_last().contents
+    assert struct.unpack_from("128sPi", bytes(memoryview(got)), Record.parameters.offset) == (made, 0x1234, -5)
+    with pytest.raises(ArgumentError, match="signature"):
+        load(signature="PT")
+    tensor_map.cache_clear()
 
 
 def test_a_kernel_without_parameters_can_be_launched(load):
