@@ -1,4 +1,4 @@
-"""What the machine code of the CUDA kernels shows without a GPU: where weights become numbers, and that nothing spills."""
+"""What the machine code of the CUDA kernels shows without a GPU: where weights become numbers; that nothing spills."""
 
 from __future__ import annotations
 
