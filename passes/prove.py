@@ -85,8 +85,11 @@ class Reader:
         nearest = next((r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS), refusals[-1])
         if refusals[-1][1].reason == Reason.TOO_MANY_LEVELS:
             self._hopeless.add(key)
-        misses.append(NearMiss(nearest[0], nearest[1].reason, nearest[1].at))
-        raise nearest[1]
+        # Where the algebra ended says more than what an idiom found missing.
+        lost = weight.lost if nearest[1].reason == Reason.TOO_MANY_LEVELS else ""
+        refused = Refused(nearest[1].reason, lost or nearest[1].at)
+        misses.append(NearMiss(nearest[0], refused.reason, refused.at))
+        raise refused from nearest[1]
 
 
 def prove(qweight: QWeight, weight: Weight) -> str:

@@ -18,7 +18,7 @@ from ..errors import Reason, Refused
 from ..kernels.registry import X_DTYPES
 from ..types import NearMiss, Where
 from .canonicalize import Contraction, Roles, contraction, roles
-from .constants import Constants, Slice, fake_value, run, target_name
+from .constants import Constants, Slice, Trail, fake_value, run, target_name
 from .evaluate import FP8, evaluate, identity
 from .prove import Reader, Recovered
 
@@ -133,7 +133,7 @@ class Recogniser:
         """Why neither operand is constant."""
         verdict = Refused(Reason.INPUT_WEIGHT, c.node.name)
         for operand in (c.a, c.b):
-            near = self.constants.computed_from(operand, lambda n: _ACTIVATION.search(str(n.target)) is not None)
+            near = self.constants.computed_from(operand, lambda n: ACTIVATION.search(str(n.target)) is not None)
             if any(self.constants.mutated(n) for n in near):
                 return Refused(Reason.MUTATED, operand.name)
             size = fake_value(operand).numel()
@@ -197,12 +197,14 @@ class Recogniser:
         known = (key, nodes, (c.node.target, fake_value(x).dtype) if through else None)
         seen = self._seen.get(known)
         if seen is None:
-            compute, reader = self._computation(c, r, w, cut, scalings), self.reader
+            trail = Trail()
+            compute, reader = self._computation(c, r, w, cut, scalings, trail), self.reader
             width, x_dtype = _size(dict(zip(r.w_labels, fake_value(w).shape, strict=True)), r.k), fake_value(x).dtype
 
             def recover(sources: Sequence[Tensor]) -> Recovered:
                 probe = identity(width, x_dtype, sources[0].device) if through else None
-                return reader.read(evaluate(compute, sources, probe), sources, key, misses, recover)
+                trail.lost = ""
+                return reader.read(evaluate(compute, sources, probe, trail), sources, key, misses, recover)
 
             try:
                 seen = recover([self.constants.values[n] for n in nodes])
@@ -214,8 +216,9 @@ class Recogniser:
         return seen
 
     def _computation(
-        self, c: Contraction, r: Roles, w: fx.Node, cut: Slice, scalings: list[tuple[Slice, bool]]
-    ) -> Callable[..., list[Tensor]]:
+        self, c: Contraction, r: Roles, w: fx.Node, cut: Slice, scalings: list[tuple[Slice, bool]],
+        trail: Trail,
+    ) -> Callable[..., list[Tensor]]:  # fmt: skip
         """What gives the weights [n, k], one for each place of the batch, from the leaves (and the identity)."""
         module, through = self.module, is_traceable_wrapper_subclass(fake_value(w))
         name = target_name(c.node)
@@ -229,7 +232,7 @@ class Recogniser:
 
         def compute(*leaves: Tensor) -> list[Tensor]:
             taken = len(cut.leaves)
-            weight = run(cut, leaves[:taken], module)
+            weight = run(cut, leaves[:taken], module, trail)
             if through:
                 # A subclass multiplies as it likes: what it makes of the identity matrix is its weight, transposed.
                 weight = (F.linear(leaves[-1], weight) if name == "linear" else torch.matmul(leaves[-1], weight)).t()
@@ -238,7 +241,7 @@ class Recogniser:
                 weight = weight.permute(order)
             weight = weight.reshape(shape)
             for scaling, divides in scalings:
-                factor = run(scaling, leaves[taken : taken + len(scaling.leaves)], module).reshape(-1, 1)
+                factor = run(scaling, leaves[taken : taken + len(scaling.leaves)], module, trail).reshape(-1, 1)
                 taken += len(scaling.leaves)
                 weight = weight / factor if divides else weight * factor
             return [weight.select(0, i) for i in range(shape[0])]
@@ -278,7 +281,7 @@ def _may_be_low_bit(cut: Slice, values: Sequence[Tensor]) -> bool:
 
 
 # What makes an activation rather than a weight: nothing is dequantized across it.
-_ACTIVATION = re.compile(r"linear|matmul|mm\b|einsum|conv|attention")
+ACTIVATION = re.compile(r"linear|matmul|mm\b|einsum|conv|attention")
 
 
 # The forward of our own quantized layer tells a user less than the line that called it.
