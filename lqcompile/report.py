@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ def with_ids(decisions: Iterable[Decision]) -> Iterator[tuple[str, Decision]]:
 
     def order(d: Decision) -> tuple[str, ...]:
         w = d.where
-        return (w.path or TOP, w.file, f"{w.line:09}", w.op, str(sorted(map(str, d.problem.items()))), str(d))
+        return (re.sub(r"\d+", lambda n: n[0].zfill(6), w.path or TOP), w.path, w.file, f"{w.line:09}", w.op, str(sorted(map(str, d.problem.items()))), str(d))
 
     taken: set[str] = set()
     for d in sorted(decisions, key=order):

@@ -141,6 +141,13 @@ def fit(text: str, width: int, keep_end: bool = False) -> str:
     return f"{text[:front]}...{text[len(text) - (width - 3 - front) :]}"
 
 
+def brief(call: str) -> str:
+    """A call without its tensor operands: "to(torch.float16)" of "to(%3, torch.float16)"."""
+    call = re.sub(r"\[(?:(?:%\d+|_)(?:, )?)+\]|%\d+|\b_\b", "", call)
+    call = re.sub(r"(\(|, )(?:, )+", r"\1", call)
+    return call.replace(", )", ")").replace("()", "")
+
+
 def wrap(text: str, first: str, rest: str) -> list[str]:
     """Lines of at most WIDTH columns."""
     clean = fit(text, 2000)

@@ -172,6 +172,7 @@ class Step:
     role    "weight" (a parameter or buffer), "constant", "input", "packed", "matmul", "activation"
     state   "understood", "stopped" (where recognition ended), or ""
     source  file:line of the user's program; code: that line
+    gone    the lowered graph does not have it any more
     """
 
     text: str
@@ -181,6 +182,7 @@ class Step:
     state: str = ""
     source: str = ""
     code: str = ""
+    gone: bool = False
 
 
 @dataclass(frozen=True)

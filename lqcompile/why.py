@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import ArgumentError
 from .report import SCHEMA
-from .table import Line, fit, wrap
+from .table import Line, brief, fit, wrap
 
 Document = Mapping[str, Any]
 MOST_LINES = 60
@@ -68,7 +68,7 @@ def why(document: Document, layer: str) -> Iterator[Line]:
         if stopped is not None and not rewritten:
             yield "", ""
             place = f"   {fit(stopped['source'], 50, keep_end=True)}" if stopped.get("source") else ""
-            yield "red", fit(f"  stopped at  {fit(stopped['text'], 60)}{place}", 100)
+            yield "red", fit(f"  stopped at  {fit(brief(stopped['text']), 60)}{place}", 100)
             if stopped.get("code"):
                 yield "dim", fit(f"              {stopped['code']}", 100)
     if rewritten:
@@ -115,7 +115,7 @@ def _tree(steps: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
 
 def _name(step: Mapping[str, Any]) -> str:
     kind = {"weight": "  (parameter or buffer)", "input": "  (input)"}.get(step["role"], "")
-    return fit(str(step["text"]), 60) + kind
+    return fit(brief(str(step["text"])), 60) + kind
 
 
 def diff(old: Document, new: Document) -> list[Line]:

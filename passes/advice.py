@@ -13,23 +13,23 @@ LEVELS = (Reason.TOO_MANY_LEVELS,)
 WEIGHT = (Reason.TOO_MANY_LEVELS, Reason.GROUPS, Reason.PROOF_FAILED)
 ANY = ""
 
+FOLD = "leave one code tensor and one scale for each group: fold the other factor (a mask, other codes) into the codes"
 RULES: tuple[tuple[tuple[Reason, ...], str, str], ...] = (
     (WEIGHT, r"matmul|^mm$|bmm|einsum|linear|kron|outer|tensordot|addmm|fft",
      "multiply the activation by that matrix instead: x @ (a @ w).T is (x @ w.T) @ a.T, and x @ (w @ a).T is "
      "(x @ a.T) @ w.T"),
+    ((Reason.TOO_MANY_LEVELS, Reason.GROUPS), r"where|index_put|scatter|masked|setitem|index_add|index_fill|index_copy|copy_|fill",
+     "keep what is written over it apart: F.linear(x, w) plus a second matmul with the outliers less w there"),
     ((Reason.GROUPS,), r"add|sub|lerp",
      "add that part to the output instead: F.linear(x, w) + F.linear(x, delta)"),
     ((Reason.GROUPS,), r"mul|div|^scale$",
      "share each scale by a group of inputs (axis=1); a factor for each input belongs on x: F.linear(x * s, w)"),
-    (LEVELS, r"where|index_put|scatter|masked|setitem|index_add|index_fill|index_copy|copy_|fill",
-     "keep what is written over it apart: F.linear(x, w) plus a second matmul with the outliers less w there"),
     (LEVELS, r"norm|rsqrt|sqrt|mean|^var|^std|^sum$|amax|amin|^max$|^min$|logsumexp",
      "compute that number once, when quantizing, and keep the scale it gives in a buffer"),
     (LEVELS, r"softmax|sigmoid|tanh|relu|gelu|silu|exp|log|abs|sin|cos|pow|square|softplus|erf|sign|hardtanh|elu|atan",
      "apply {op} before quantizing, so that codes and scales are of its result"),
     (LEVELS, r"add|sub", "add one of the two code tensors' products to the output: F.linear(x, w1) + F.linear(x, w2)"),
-    (LEVELS, r"mul|div|addcmul|lerp",
-     "leave one code tensor and one scale for each group: fold the other factor (a mask, other codes) into the codes"),
+    (LEVELS, r"mul|div|addcmul|lerp", FOLD),
     (LEVELS, r"sort|topk|cumsum|cumprod|diff|unique|inverse|interpolate|pool",
      "apply {op} before quantizing, so that codes and scales are of its result"),
     ((Reason.UNSUPPORTED_OP,), r"dropout|rand|bernoulli|normal|noise|uniform|multinomial",
@@ -43,7 +43,6 @@ RULES: tuple[tuple[tuple[Reason, ...], str, str], ...] = (
 FLOAT_CODES = "keep the codes in an integer tensor (uint8): these are whole numbers stored as floats"
 DENSE_LEVELS = "keep codes and scales in the model and dequantize in forward: these are few levels stored densely"
 WIDE_CODES = "quantize to at most 8 bits: these codes have more than 256 levels"
-GRAPH_BREAK = "remove the graph break between dequantization and matmul: the weight was computed in another graph"
 
 
 def advise(reason: Reason, op: str) -> str:

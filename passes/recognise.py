@@ -146,6 +146,8 @@ class Recogniser:
                     return Refused(Reason.SCALE_FROM_INPUT, operand.name)
                 if leaf not in self.constants and t.dtype != torch.int64:
                     verdict = Refused(Reason.FREE_TENSOR, leaf.name)
+        if verdict.reason is Reason.INPUT_WEIGHT and any(_resumed(n, c) for n in (c.a, c.b)):
+            verdict = Refused(Reason.GRAPH_BREAK, c.node.name)
         return verdict
 
     def _scalings(
@@ -261,6 +263,18 @@ def _floating(node: fx.Node) -> bool:
 def _is_packed(t: Any) -> bool:
     """Whether a constant may be a low-bit weight: not lengths, offsets or indices, which have one dimension."""
     return isinstance(t, Tensor) and t.ndim >= 2 and t.dtype in LOW_BIT and t.dtype not in (torch.int64, torch.bool)
+
+
+def _resumed(operand: fx.Node, c: Contraction) -> bool:
+    """Whether a matmul after a graph break reads a matrix that was handed over as it is, in the place of a weight."""
+    if "torch_dynamo_resume_in_" not in (c.node.meta.get("stack_trace") or ""):
+        return False
+    if target_name(c.node) == "linear" and operand is not c.b:
+        return False
+    while operand.op == "call_method" and operand.target in ("t", "transpose", "to", "contiguous", "float", "half"):
+        operand = operand.all_input_nodes[0]
+    t = fake_value(operand)
+    return operand.op == "placeholder" and isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point()
 
 
 def _size(sizes: dict[str, Any], labels: Sequence[str]) -> int:

@@ -25,8 +25,10 @@ from .plan import Plan
 from .recognise import ACTIVATION, LOW_BIT, Kept, Match, where
 
 MOST = 48
+BEYOND = 3
 LONGEST = 160
 ARITHMETIC = re.compile(r"^(i?add|i?sub|rsub|i?mul|i?(true)?div|truediv|addcmul|addcdiv|lerp)")
+WRITE = re.compile(r"^(setitem|where|index_put|index_copy|index_fill|index_add|scatter|masked_fill|masked_scatter|copy_)")
 # What only moves or renames a tensor does not stop anything.
 _QUIET = {"placeholder", "get_attr", "output"}
 
@@ -43,8 +45,12 @@ def described(outcome: Outcome) -> list[Decision]:
             place, plan = plans.get(item.anchor, (0, None))
             nodes = _around(constants, item.anchor, item.output, item.x)
             stop = None if plan else item.anchor
-            after = _after(outcome.lowered, place, plan) if plan and outcome.lowered else ()
-            out.append(replace(decision, before=_steps(nodes, constants, item.anchor, stop), after=after))
+            before = _steps(nodes, constants, item.anchor, stop)
+            if plan and outcome.lowered:
+                gone = _gone(nodes, item, outcome.lowered)
+                before = tuple(replace(s, gone=n in gone) for n, s in zip(nodes, before, strict=True))
+                decision = replace(decision, after=_after(outcome.lowered, place, plan))
+            out.append(replace(decision, before=before))
         else:
             out.append(_kept(item, decision, constants))
     return out
@@ -55,13 +61,13 @@ def _kept(item: Kept, decision: Decision, constants: Constants) -> Decision:
         return replace(decision, before=_steps([item.node], constants, item.node, item.node))
     nodes = _around(constants, item.node, item.node, None)
     stop = _stop(item, nodes, constants)
-    found = _special(item, nodes, constants) or advice.advise(item.reason, _op(stop))
+    found = _special(item, stop, nodes, constants) or advice.advise(item.reason, _op(stop))
     return replace(decision, before=_steps(nodes, constants, item.node, stop), advice=found)
 
 
 def _around(constants: Constants, anchor: fx.Node, output: fx.Node, x: fx.Node | None) -> list[fx.Node]:
     """The matmul, what its weight is computed from, the nearest first if that is much, and who reads the result."""
-    expand = {output, anchor}
+    expand, reach = {output, anchor}, {}
     node = output
     while node is not anchor:
         node = next((n for n in node.all_input_nodes if n not in constants), anchor)
@@ -70,18 +76,36 @@ def _around(constants: Constants, anchor: fx.Node, output: fx.Node, x: fx.Node |
     dynamic = [n for n in operands if n is not x and _dequantized(n, constants)]
     if not any(n in constants for n in operands):
         for operand in dynamic:
-            expand |= {n for n in constants.computed_from(operand, _activation) if not _activation(n)}
+            expand |= _made_of_codes(constants.computed_from(operand, _activation), constants)
     found, queue = {output: None}, [output]
     while queue and len(found) < MOST:
         node = queue.pop(0)
-        if node in expand or (node in constants and node not in constants.values):
+        # Of an activation only the nearest operations are shown.
+        reach[node] = BEYOND if node in expand or node in constants else reach.get(node, 0)
+        if reach[node] > 0 and node not in constants.values and (
+            node in expand or node in constants or not _activation(node)
+        ):
             for source in (*node.all_input_nodes, *constants.writers(node)):
                 if source not in found and len(found) < MOST:
                     found[source] = None
+                    reach[source] = 0 if node is anchor or node is output else reach[node] - 1
                     queue.append(source)
+    found |= {w: None for n in list(found) if constants.mutated(n) for w in constants.writers(n)}
     readers = [n for n in output.users if n.op != "output"][:3]
     order = constants.order
     return sorted({*found, *readers}, key=lambda n: order.get(n, len(order)))
+
+
+def _made_of_codes(nodes: Sequence[fx.Node], constants: Constants) -> set[fx.Node]:
+    """Those of `nodes` that low-bit data goes into."""
+    found: set[fx.Node] = set()
+    for node in sorted(nodes, key=constants.order.__getitem__):
+        leaf = node.op in ("placeholder", "get_attr")
+        if (leaf and (_low(node) or constants.mutated(node))) or (
+            not _activation(node) and any(i in found for i in (*node.all_input_nodes, *constants.writers(node)))
+        ):
+            found.add(node)
+    return found
 
 
 def _operands(anchor: fx.Node) -> list[fx.Node]:
@@ -115,12 +139,15 @@ def _stop(item: Kept, nodes: Sequence[fx.Node], constants: Constants) -> fx.Node
     at = item.near_misses[0].at.split(":")[0] if item.near_misses else ""
     if reason is Reason.MUTATED:
         tainted = {storage_of(n) for n in before if constants.mutated(n)}
-        writes = (n for n in constants.order if any(storage_of(t) in tainted for t in written(n)))
+        writes = (n for n in nodes if any(storage_of(t) in tainted for t in written(n)))
         return next(writes, named.get(at, anchor))
     if reason is Reason.SCALE_FROM_INPUT:
         mixed = (n for n in before if n not in constants and any(i in constants for i in n.all_input_nodes))
         return next((n for n in mixed if not _activation(n)), named.get(at, anchor))
-    sums = [n for n in before if ARITHMETIC.match(_op(n)) and n in constants]
+    if reason is Reason.NEEDS_GRAD:
+        trained = (n for n in before if n in constants.values and constants.values[n].requires_grad)
+        return next(trained, anchor)
+    sums = [n for n in before if n in constants and (ARITHMETIC.match(_op(n)) or WRITE.match(_op(n)))]
     if reason is Reason.GROUPS:
         return _uneven(sums, constants) or anchor
     if reason is Reason.NON_FINITE:
@@ -139,16 +166,23 @@ def _stop(item: Kept, nodes: Sequence[fx.Node], constants: Constants) -> fx.Node
 
 
 def _uneven(sums: Sequence[fx.Node], constants: Constants) -> fx.Node | None:
-    """The last sum or product with an operand whose numbers do not come in groups: as many as the weight itself has."""
+    """The last sum or product with an operand whose numbers do not come in groups: as many as the weight itself has.
+
+    Or the last write of what is not dequantized.
+    """
     for node in reversed(sums):
-        size = fake_value(node).numel()
         floats = [i for i in node.all_input_nodes if _floating(i) and not _dequantized(i, constants)]
+        if WRITE.match(_op(node)):
+            if floats:
+                return node
+            continue
+        size = fake_value(node).numel()
         if any(fake_value(i).numel() in (size, fake_value(node).shape[-1]) for i in floats):
             return node
     return next((n for n in reversed(sums) if "mul" in _op(n) or "div" in _op(n)), sums[-1] if sums else None)
 
 
-def _special(item: Kept, nodes: Sequence[fx.Node], constants: Constants) -> str:
+def _special(item: Kept, stop: fx.Node, nodes: Sequence[fx.Node], constants: Constants) -> str:
     """Advice that takes a look at the values."""
     before = nodes[: nodes.index(item.node)]
     leaves = [(n, constants.values[n]) for n in before if n in constants.values]
@@ -156,6 +190,8 @@ def _special(item: Kept, nodes: Sequence[fx.Node], constants: Constants) -> str:
                                                          for m in item.near_misses):  # fmt: skip
         wide = (t for _, t in leaves if t.dtype in (torch.int16, torch.int32, torch.int64) and t.numel())
         return next((advice.WIDE_CODES for t in wide if int(t.max()) - int(t.min()) > 255), "")
+    if item.reason is Reason.GROUPS and "mul" in _op(stop) and sum(_dequantized(i, constants) for i in stop.all_input_nodes) > 1:
+        return advice.FOLD
     if item.reason is Reason.NOT_QUANTIZED:
         for _, t in leaves:
             if not t.is_floating_point() or t.ndim < 2 or type(t) not in (Tensor, torch.nn.Parameter):
@@ -165,20 +201,7 @@ def _special(item: Kept, nodes: Sequence[fx.Node], constants: Constants) -> str:
             if row.numel() >= 16 and levels <= 16 and levels > 1:
                 whole = bool((row == row.round()).all())
                 return advice.FLOAT_CODES if whole else advice.DENSE_LEVELS
-    if item.reason is Reason.INPUT_WEIGHT:
-        for operand in _operands(item.node):
-            if _resumed(operand):
-                return advice.GRAPH_BREAK
     return ""
-
-
-def _resumed(operand: fx.Node) -> bool:
-    """Whether an operand came out of the graph before a graph break, as a weight would: of two dimensions, no batch."""
-    while operand.op == "call_method" and operand.target in ("t", "transpose", "to", "contiguous"):
-        operand = operand.all_input_nodes[0]
-    t, source = fake_value(operand), getattr(operand, "_dynamo_source", None)
-    local = getattr(source, "local_name", "")
-    return operand.op == "placeholder" and isinstance(t, Tensor) and t.ndim == 2 and local.startswith("___stack")
 
 
 def _finite(t: Tensor) -> bool:
@@ -312,6 +335,12 @@ def _after(lowered: Lowered, place: int, plan: Plan) -> tuple[Step, ...]:
         found = tuple(at[i] for i in node.all_input_nodes if i in at) if node not in inputs else ()
         out.append(_step(node, at, found, role, "understood" if name or node in inside else "", text))
     return tuple(out)
+
+
+def _gone(nodes: Sequence[fx.Node], match: Match, lowered: Lowered) -> set[fx.Node]:
+    """Those of `nodes` that the lowered graph does without."""
+    alive = set(lowered.module.graph.nodes)
+    return {n for n in nodes if n in (match.anchor, match.output) or lowered.stands_for.get(n) not in alive}
 
 
 def _is_ours(node: fx.Node) -> bool:
