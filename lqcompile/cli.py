@@ -134,7 +134,7 @@ def _inspection_parsers(commands: Any) -> None:
     about = "one matmul from near: its code, its weight's expression, where recognition stopped, what to change"
     why = _command(commands, "why", about, "lq why model.layers.3.mlp.up", _why)
     why.add_argument("layer", metavar="LAYER", help="a name that lq explain prints, or a part of only one")
-    why.add_argument("source", metavar="FROM", nargs="?", help="report.json, FILE.py or MODULE:FN (the last lq explain)")
+    why.add_argument("source", metavar="FROM", nargs="?", help="a report.json, FILE.py or MODULE:FN (last explained)")
     diff = _command(commands, "diff", "what was decided otherwise; exits with 6", "lq diff old.json new.json", _diff)
     diff.add_argument("old", type=Path, metavar="OLD.json")
     diff.add_argument("new", type=Path, metavar="NEW.json")

@@ -176,7 +176,7 @@ class Report:
             return f"{missed} quantized but kept: start with  lq why {_word(first)}"
         if not self.rewritten:
             return Reason.NOT_QUANTIZED.advice
-        rest = f"; the other {self.kept} have no quantized weight" if self.kept else ""
+        rest = f"; without a quantized weight: {self.kept}" if self.kept else ""
         return f"nothing: every quantized weight is packed{rest}"
 
 
@@ -199,8 +199,10 @@ def with_ids(decisions: Iterable[Decision]) -> Iterator[tuple[str, Decision]]:
     """Each decision with its id: the module path, then path#2, path#3 where a path has several. Sorted."""
 
     def order(d: Decision) -> tuple[str, ...]:
-        w = d.where
-        return (re.sub(r"\d+", lambda n: n[0].zfill(6), w.path or TOP), w.path, w.file, f"{w.line:09}", w.op, str(sorted(map(str, d.problem.items()))), str(d))
+        w, rest = d.where, (d.outcome, d.format, d.reason, d.near_misses, d.pieces)
+        natural = re.sub(r"\d+", lambda digits: digits[0].zfill(6), w.path or TOP)
+        problem = str(sorted(map(str, d.problem.items())))
+        return (natural, w.path, w.file, f"{w.line:09}", w.op, problem, str(rest))
 
     taken: set[str] = set()
     for d in sorted(decisions, key=order):
@@ -227,7 +229,7 @@ def predicted(decisions: Iterable[Decision]) -> tuple[int, float] | None:
 
 
 def timed(d: Decision, device: Mapping[str, Any]) -> float | None:
-    """How many times faster than dense `lq bench` measured this problem on this device at its least M; None if never."""
+    """How many times faster than dense `lq bench` measured this problem on this device, at its least M; or None."""
     if d.format is None or not d.pieces:
         return None
     asked = (d.problem.get("n"), d.problem.get("k"), d.pieces[0].low, d.format.spec, d.problem.get("x_dtype"))

@@ -1,4 +1,4 @@
-"""A Report as a table for a terminal: (style, line) pairs, at most 100 columns, the same words with colour or without."""
+"""A Report as a table for a terminal: (style, line) pairs of at most 100 columns, with colour or without."""
 
 from __future__ import annotations
 

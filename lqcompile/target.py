@@ -71,7 +71,7 @@ def _of_globals(target: str, found: Mapping[str, Any]) -> tuple[Callable[..., An
     model, name = found.get("model"), next((name for name in INPUTS if name in found), None)
     if not callable(model) or name is None:
         raise TargetError(
-            f"{fit(target, 60, keep_end=True)} compiles nothing with lq: call torch.compile(model, backend=\"lq\") in"
+            f'{fit(target, 60, keep_end=True)} compiles nothing with lq: call torch.compile(model, backend="lq") in'
             f" it, or let it define `model` and `{INPUTS[0]}`"
         )
     return model, found[name]

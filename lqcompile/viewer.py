@@ -53,16 +53,20 @@ def page(document: Mapping[str, Any]) -> str:
         {"before": drawing(s["before"]), "after": drawing(s["after"]), "diff": difference(s)}
         for s in document["structures"]
     ]
-    text = _templates().get_template("page.html").render(
-        report=document,
-        tree=tree(document["decisions"]),
-        structures=structures,
-        curves=[plot(curve) for curve in document["curves"]],
-        css=_asset("page.css"),
-        script=script,
-        digest=digest,
-        data=_data(document),
-        size=size,
+    text = (
+        _templates()
+        .get_template("page.html")
+        .render(
+            report=document,
+            tree=tree(document["decisions"]),
+            structures=structures,
+            curves=[plot(curve) for curve in document["curves"]],
+            css=_asset("page.css"),
+            script=script,
+            digest=digest,
+            data=_data(document),
+            size=size,
+        )
     )
     # Characters that no HTML may hold: controls, and halves of surrogate pairs.
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\ufffd", text)
@@ -122,7 +126,7 @@ def drawing(steps: Sequence[Step]) -> dict[str, Any]:
         centre |= {i: centre[i] - back for i in row}
     left = min(centre.values(), default=0.0) - WIDE / 2
     level = {i: y for y, row in enumerate(rows) for i in row}
-    boxes = [
+    boxes: list[dict[str, Any]] = [
         {
             "x": round(centre[i] - WIDE / 2 - left) + 2,
             "y": level[i] * (HIGH + DOWN) + 2,
@@ -158,7 +162,7 @@ def _short(text: str) -> str:
 
 
 def difference(structure: Mapping[str, Sequence[Step]]) -> list[tuple[str, str]]:
-    """What lowering took out (-) and put in (+), and what stayed, as (sign, line) pairs; empty where nothing changed."""
+    """What lowering took out (-), put in (+) and left, as (sign, line) pairs; empty where nothing changed."""
     before, after = structure["before"], structure["after"]
     if not after:
         return []

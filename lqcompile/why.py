@@ -1,4 +1,4 @@
-"""`lq why` and `lq diff`, from the JSON of a report alone: one matmul from near, and what changed between two reports."""
+"""`lq why` and `lq diff`, from the JSON of reports alone: one matmul from near, and what two reports differ in."""
 
 from __future__ import annotations
 

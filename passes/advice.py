@@ -18,7 +18,7 @@ RULES: tuple[tuple[tuple[Reason, ...], str, str], ...] = (
     (WEIGHT, r"matmul|^mm$|bmm|einsum|linear|kron|outer|tensordot|addmm|fft",
      "multiply the activation by that matrix instead: x @ (a @ w).T is (x @ w.T) @ a.T, and x @ (w @ a).T is "
      "(x @ a.T) @ w.T"),
-    ((Reason.TOO_MANY_LEVELS, Reason.GROUPS), r"where|index_put|scatter|masked|setitem|index_add|index_fill|index_copy|copy_|fill",
+    ((Reason.TOO_MANY_LEVELS, Reason.GROUPS), r"where|index_(put|add|fill|copy)|scatter|masked|setitem|copy_|fill",
      "keep what is written over it apart: F.linear(x, w) plus a second matmul with the outliers less w there"),
     ((Reason.GROUPS,), r"add|sub|lerp",
      "add that part to the output instead: F.linear(x, w) + F.linear(x, delta)"),

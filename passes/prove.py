@@ -83,8 +83,9 @@ class Reader:
                 return name, qweight, proof
         # The most telling refusal: one about groups or a proof says more than "too many levels", and that more than
         # that there is no such thing to read.
-        known = [r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS or " " in r[1].at]
-        nearest = min(known, key=lambda r: r[1].reason == Reason.TOO_MANY_LEVELS, default=refusals[-1])
+        telling = [r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS or " " in r[1].at]
+        telling.sort(key=lambda r: r[1].reason == Reason.TOO_MANY_LEVELS)
+        nearest = telling[0] if telling else refusals[-1]
         if refusals[-1][1].reason == Reason.TOO_MANY_LEVELS:
             self._hopeless.add(key)
         # Where the algebra ended says more than what an idiom found missing.

@@ -28,7 +28,7 @@ MOST = 48
 BEYOND = 3
 LONGEST = 160
 ARITHMETIC = re.compile(r"^(i?add|i?sub|rsub|i?mul|i?(true)?div|truediv|addcmul|addcdiv|lerp)")
-WRITE = re.compile(r"^(setitem|where|index_put|index_copy|index_fill|index_add|scatter|masked_fill|masked_scatter|copy_)")
+WRITE = re.compile(r"^(setitem|where|index_(put|copy|fill|add)|scatter|masked_(fill|scatter)|copy_)")
 # What only moves or renames a tensor does not stop anything.
 _QUIET = {"placeholder", "get_attr", "output"}
 
@@ -67,7 +67,8 @@ def _kept(item: Kept, decision: Decision, constants: Constants) -> Decision:
 
 def _around(constants: Constants, anchor: fx.Node, output: fx.Node, x: fx.Node | None) -> list[fx.Node]:
     """The matmul, what its weight is computed from, the nearest first if that is much, and who reads the result."""
-    expand, reach = {output, anchor}, {}
+    expand = {output, anchor}
+    reach: dict[fx.Node, int] = {}
     node = output
     while node is not anchor:
         node = next((n for n in node.all_input_nodes if n not in constants), anchor)
@@ -82,8 +83,10 @@ def _around(constants: Constants, anchor: fx.Node, output: fx.Node, x: fx.Node |
         node = queue.pop(0)
         # Of an activation only the nearest operations are shown.
         reach[node] = BEYOND if node in expand or node in constants else reach.get(node, 0)
-        if reach[node] > 0 and node not in constants.values and (
-            node in expand or node in constants or not _activation(node)
+        if (
+            reach[node] > 0
+            and node not in constants.values
+            and (node in expand or node in constants or not _activation(node))
         ):
             for source in (*node.all_input_nodes, *constants.writers(node)):
                 if source not in found and len(found) < MOST:
@@ -190,7 +193,8 @@ def _special(item: Kept, stop: fx.Node, nodes: Sequence[fx.Node], constants: Con
                                                          for m in item.near_misses):  # fmt: skip
         wide = (t for _, t in leaves if t.dtype in (torch.int16, torch.int32, torch.int64) and t.numel())
         return next((advice.WIDE_CODES for t in wide if int(t.max()) - int(t.min()) > 255), "")
-    if item.reason is Reason.GROUPS and "mul" in _op(stop) and sum(_dequantized(i, constants) for i in stop.all_input_nodes) > 1:
+    coded = sum(_dequantized(i, constants) for i in stop.all_input_nodes)
+    if item.reason is Reason.GROUPS and "mul" in _op(stop) and coded > 1:
         return advice.FOLD
     if item.reason is Reason.NOT_QUANTIZED:
         for _, t in leaves:
@@ -283,9 +287,11 @@ class _Ref:
 def _text(node: fx.Node, place: dict[fx.Node, int]) -> str:
     if node.op in ("placeholder", "get_attr"):
         return label(node)
-    shown: Any = fx.node.map_arg(
-        (node.args, dict(node.kwargs)), lambda n: _Ref(f"%{place[n]}" if n in place else "_")
-    )
+
+    def reference(n: fx.Node) -> Any:
+        return _Ref(f"%{place[n]}" if n in place else "_")
+
+    shown: Any = fx.node.map_arg((node.args, dict(node.kwargs)), reference)
     args, kwargs = shown
     name = target_name(node) or str(node.target)
     return f"{name}({', '.join([*map(repr, args), *(f'{k}={v!r}' for k, v in kwargs.items())])})"
@@ -314,7 +320,7 @@ def cut(text: str) -> str:
 def _after(lowered: Lowered, place: int, plan: Plan) -> tuple[Step, ...]:
     """What stands there now: packed tensors, the new operations, and who reads their result."""
     result, emitted = lowered.emitted[place]
-    names = {}
+    names: dict[int, str] = {}
     placeholders = [n for n in lowered.module.graph.nodes if n.op == "placeholder"]
     for packed in plan.packed:
         shown = LAYOUTS[packed.layout].names(packed.format, packed.parts[0].device.type)
@@ -325,7 +331,7 @@ def _after(lowered: Lowered, place: int, plan: Plan) -> tuple[Step, ...]:
     inputs = [i for n in emitted for i in n.all_input_nodes if i not in inside]
     readers = [n for n in result.users if n.op != "output"][:3]
     wanted = {*inputs, *emitted, *readers}
-    nodes = [n for n in lowered.module.graph.nodes if n in wanted][: MOST]
+    nodes = [n for n in lowered.module.graph.nodes if n in wanted][:MOST]
     at = {node: i for i, node in enumerate(nodes)}
     out = []
     for node in nodes:

@@ -15,8 +15,8 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SECONDS = 60.0
 # Root, as in a container, has no sandbox; nothing but our own page is opened.
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe".split()
-QUIET = "--disable-extensions --disable-background-networking --disable-component-update --disable-sync".split()
+FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "remote-debugging-pipe")
+QUIET = ("disable-extensions", "disable-background-networking", "disable-component-update", "disable-sync")
 
 
 def binary() -> str | None:
@@ -31,8 +31,9 @@ class Browser:
         command, answer = os.pipe(), os.pipe()
         path = binary()
         assert path is not None
+        options = [f"--{flag}" for flag in (*FLAGS, *QUIET, f"user-data-dir={folder}")]
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{command[0]} 4>&{answer[1]}', path, *FLAGS, *QUIET, f"--user-data-dir={folder}"],
+            ["sh", "-c", f'exec "$0" "$@" 3<&{command[0]} 4>&{answer[1]}', path, *options],
             pass_fds=(command[0], answer[1]),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -79,9 +80,7 @@ class Browser:
     def open(self, path: Path, width: int = 1280, dark: bool = False) -> None:
         """Loads a file at a width, in pixels."""
         small = width < 700
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=small
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=small)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.as_uri())

@@ -128,7 +128,8 @@ CASES: tuple[Near, ...] = (
     # A rotation.
     Near("rotated_in", "matmul", ACTIVATION, _over(lambda m, w: w @ m.rotation), lambda: {"rotation": _rand(K, K)}),
     Near("rotated_out", "matmul", ACTIVATION, _over(lambda m, w: m.rotation @ w), lambda: {"rotation": _rand(N, N)}),
-    Near("rotated_mm", "mm", ACTIVATION, _over(lambda m, w: torch.mm(w, m.rotation)), lambda: {"rotation": _rand(K, K)}),
+    Near("rotated_mm", "mm", ACTIVATION, _over(lambda m, w: torch.mm(w, m.rotation)),
+         lambda: {"rotation": _rand(K, K)}),
     Near("rotated_einsum", "einsum", ACTIVATION, _over(lambda m, w: torch.einsum("nk,kj->nj", w, m.rotation)),
          lambda: {"rotation": _rand(K, K)}),
     # Something dense added.
@@ -160,8 +161,10 @@ CASES: tuple[Near, ...] = (
     Near("wide_codes", "q", "at most 8 bits", lambda m, x: F.linear(x, (m.q.view(N, -1, G) * m.scale).view(N, K)),
          lambda: {"q": _int(N, K, high=5000, dtype=torch.int16)}),
     # Values that cannot be.
-    Near("inf_scale", "bad", "checkpoint", _over(lambda m, w: w * m.bad), lambda: {"bad": torch.full((N, 1), torch.inf)}),
-    Near("nan_scale", "bad", "checkpoint", _over(lambda m, w: w * m.bad), lambda: {"bad": torch.full((N, 1), torch.nan)}),
+    Near("inf_scale", "bad", "checkpoint", _over(lambda m, w: w * m.bad),
+         lambda: {"bad": torch.full((N, 1), torch.inf)}),
+    Near("nan_scale", "bad", "checkpoint", _over(lambda m, w: w * m.bad),
+         lambda: {"bad": torch.full((N, 1), torch.nan)}),
     # Not to be evaluated ahead of time.
     Near("dropout", "dropout", "randomness", _over(lambda m, w: F.dropout(w, 0.5, training=True))),
     Near("noise", "rand", "randomness", _over(lambda m, w: w + torch.rand_like(w) * 0.01)),
@@ -171,12 +174,14 @@ CASES: tuple[Near, ...] = (
     Near("scale_written", "mul_", "out of forward", _counted),
     Near("codes_written", "add_", "out of forward", _shifted),
     # Spellings and dtypes that are no matmul of ours.
-    Near("conv_3x3", "conv2d", "F.unfold", lambda m, x: F.conv2d(x, m.weight().view(N, 4, 4, 4)), x=lambda: _rand(2, 4, 8, 8)),
+    Near("conv_3x3", "conv2d", "F.unfold", lambda m, x: F.conv2d(x, m.weight().view(N, 4, 4, 4)),
+         x=lambda: _rand(2, 4, 8, 8)),
     Near("conv_stride", "conv1d", "F.unfold", lambda m, x: F.conv1d(x, m.weight()[:, :, None], stride=2),
          x=lambda: _rand(2, K, 8)),
     Near("einsum_of_three", "einsum", "one matmul", lambda m, x: torch.einsum("mk,nk,n->mn", x, m.weight(), m.s),
          lambda: {"s": _rand(N)}),
-    Near("float64", "linear", "cast before", lambda m, x: F.linear(x, m.weight().double()), x=lambda: _rand(3, K).double()),
+    Near("float64", "linear", "cast before", lambda m, x: F.linear(x, m.weight().double()),
+         x=lambda: _rand(3, K).double()),
     # Where Dynamo stands between.
     Near("checkpoint", "linear", "no_grad", _checkpointed, x=lambda: _rand(3, K).requires_grad_(), grad=True),
     Near("graph_break", "linear", "remove the graph break", _broken),
