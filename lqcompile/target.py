@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import runpy
+import logging
 import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,16 @@ def explained(target: str, device: Device | None = None) -> Report:
     Raises ArgumentError for neither, TargetError for a program that fails or holds no model.
     """
     name, _, function = target.partition(":")
-    with backend.planning(device) as reports, _stdout_to_stderr():
+    # What was compiled before must not answer for this program, nor this plan for a later one.
+    torch._dynamo.reset()
+    try:
+        return _planned(target, name, function, device)
+    finally:
+        torch._dynamo.reset()
+
+
+def _planned(target: str, name: str, function: str, device: Device | None) -> Report:
+    with backend.planning(device) as reports, _stdout_to_stderr(), _torch_silent():
         if target.endswith(".py"):
             _script(target, reports)
         elif function.isidentifier() and all(part.isidentifier() for part in name.split(".")):
@@ -56,15 +66,19 @@ def _script(target: str, reports: list[Report]) -> None:
     path = Path(target)
     if not path.is_file():
         raise ArgumentError("target", target, f"{FORM}, that exists")
-    before, sys.argv = sys.argv, [target]
+    # Kept as __main__ until the model has run: Dynamo looks names up in that module.
+    main = types.ModuleType("__main__")
+    main.__file__ = target
+    before = sys.argv, sys.modules["__main__"]
+    sys.argv, sys.modules["__main__"] = [target], main
     try:
         with _searching(path.resolve().parent), _blaming(path, reports):
-            found = runpy.run_path(target, run_name="__main__")
+            exec(compile(path.read_bytes(), target, "exec"), vars(main))
             if not reports:
-                model, inputs = _of_globals(target, found)
+                model, inputs = _of_globals(target, vars(main))
                 _call(model, inputs)
     finally:
-        sys.argv = before
+        sys.argv, sys.modules["__main__"] = before
 
 
 def _of_globals(target: str, found: Mapping[str, Any]) -> tuple[Callable[..., Any], Any]:
@@ -129,6 +143,8 @@ def _sentence(error: BaseException, path: Path | None) -> str:
     else:
         own = [f for f in frames if path is not None and Path(f.filename).name == path.name] or frames
         place = f"{own[-1].filename}:{own[-1].lineno}" if own else str(path)
+    # Dynamo wraps what a backend raises.
+    error = getattr(error, "inner_exception", error)
     said = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
     return f"{fit(place, 60, keep_end=True)}: {type(error).__name__}: {fit(said[0], 300)}"
 
@@ -140,6 +156,19 @@ def _searching(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
+
+
+@contextlib.contextmanager
+def _torch_silent() -> Iterator[None]:
+    """torch logs a traceback of what it raises: the sentence that we make of it is enough."""
+    handlers = {handler: handler.level for handler in logging.getLogger("torch").handlers}
+    try:
+        for handler in handlers:
+            handler.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for handler, level in handlers.items():
+            handler.setLevel(level)
 
 
 @contextlib.contextmanager

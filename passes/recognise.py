@@ -312,7 +312,16 @@ def where(node: fx.Node) -> Where:
     own = [entry for entry in lines if "/torch/nn/modules/" not in entry[0] and entry[0] != _OWN_MODULE] or lines
     file, line, code = own[-1] if own else ("", "0", "")
     op = target_name(node) or str(node.target)
-    return Where(path or node.name, file, int(line), code.strip(), op)
+    return Where(path or _unit(node, stack) or node.name, file, int(line), code.strip(), op)
+
+
+def _unit(node: fx.Node, stack: dict[str, Any]) -> str:
+    """The class or the function that a node stands in: what names it where the model itself is the only module."""
+    if stack:
+        kind = list(stack.values())[-1][1]
+        return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+    names = re.findall(r'File "[^"]+", line \d+, in ([^\n]+)', node.meta.get("stack_trace") or "")
+    return re.sub(r"^torch_dynamo_resume_in_|_at_\d+$", "", names[-1]) if names else ""
 
 
 def _inside(module: fx.GraphModule, node: fx.Node) -> list[Kept]:
