@@ -293,7 +293,9 @@ def advice(d: Decision) -> str:
 
 
 def _steps(steps: Iterable[Step]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in vars(s).items() if value} for s in steps]
+    # What every step has, and what is not empty.
+    always = ("text", "value", "role")
+    return [{name: value for name, value in vars(s).items() if value or name in always} for s in steps]
 
 
 def _curve(d: Decision) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 from .errors import Reason
@@ -67,7 +67,15 @@ def _rewritten(report: Report) -> Iterator[Line]:
         shown = "" if speed is None else f"{speed[1]:.2g}x"
         shown += f" ({sum(ratios) / len(ratios):.2g}x measured)" if ratios else ""
         noted |= speed is not None
-        rows.append((_counted(path, len(found), LAYER), format, f"{size(before)} -> {size(after)}", shown, kernels))
+        rows.append(
+            (
+                _counted(path, [d.where.path for d in found], LAYER),
+                format,
+                f"{size(before)} -> {size(after)}",
+                shown,
+                kernels,
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     yield "", ""
     for row in rows:
@@ -83,30 +91,32 @@ def _rewritten(report: Report) -> Iterator[Line]:
 
 
 def _kept(report: Report) -> Iterator[Line]:
-    groups: dict[tuple[Reason | None, str], Counter[tuple[str, str, str]]] = defaultdict(Counter)
+    groups: dict[tuple[Reason | None, str], dict[tuple[str, str, str], list[str]]] = defaultdict(dict)
     first: dict[tuple[Reason | None, str], str] = {}
     for id, d in with_ids(report.decisions):
         if d.outcome != "rewritten":
             nearest = "; ".join(f"{m.rule or 'recognition'} stopped at {m.at}" for m in d.near_misses)
             source = f"{d.where.file}:{d.where.line}" if d.where.file else ""
-            groups[d.reason, advice(d)][pattern(d.where.path), source, nearest] += 1
+            row = (pattern(d.where.path), source, nearest)
+            groups[d.reason, advice(d)].setdefault(row, []).append(d.where.path)
             first.setdefault((d.reason, advice(d)), id)
     if not groups:
         return
     yield "", ""
     yield "bold", f"  {report.kept} kept"
     # What a user can change stands first.
-    order = sorted(groups.items(), key=lambda g: (g[0][0] in UNQUANTIZED, -g[1].total(), str(g[0])))
+    counts = {key: sum(map(len, rows.values())) for key, rows in groups.items()}
+    order = sorted(groups.items(), key=lambda g: (g[0][0] in UNQUANTIZED, -counts[g[0]], str(g[0])))
     for (reason, what), rows in order:
         sentence = reason.sentence if reason else "no reason was recorded"
         style = "" if reason in UNQUANTIZED else "yellow"
-        for line in wrap(sentence, f"  {rows.total():>5}  ", " " * 9):
+        for line in wrap(sentence, f"  {counts[reason, what]:>5}  ", " " * 9):
             yield style, line
         for line in wrap(f"advice: {what}", " " * 9, " " * 11):
             yield "", line
-        layer = max(len(_counted(path, n, 44)) for (path, _, _), n in rows.items())
-        for (path, source, nearest), n in sorted(rows.items()):
-            shown = f"{_counted(path, n, 44):<{layer}}  {fit(source, 40, keep_end=True)}"
+        layer = max(len(_counted(path, paths, 44)) for (path, _, _), paths in rows.items())
+        for (path, source, nearest), paths in sorted(rows.items()):
+            shown = f"{_counted(path, paths, 44):<{layer}}  {fit(source, 40, keep_end=True)}"
             yield "dim", f"{'':11}{shown}".rstrip()
             for line in wrap(f"nearest: {fit(nearest, 300)}", " " * 13, " " * 15) if nearest else []:
                 yield "dim", line
@@ -119,8 +129,9 @@ def pattern(path: str) -> str:
     return re.sub(r"\b\d+\b", "*", path or "(top level)")
 
 
-def _counted(path: str, count: int, width: int) -> str:
-    return fit(path, width) + (f" ({count})" if count > 1 else "")
+def _counted(path: str, paths: Sequence[str], width: int) -> str:
+    """The name of one matmul, or the pattern of several and how many."""
+    return f"{fit(path, width)} ({len(paths)})" if len(paths) > 1 else fit(paths[0] or path, width)
 
 
 def _kernels(pieces: tuple[Piece, ...]) -> str:

@@ -8,12 +8,23 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SECONDS = 60.0
+# Chromium reads commands from 3 and answers on 4. By way of numbers that neither has.
+INTO_PLACE = """
+import os, sys
+for place, number in ((103, int(sys.argv[1])), (104, int(sys.argv[2]))):
+    os.dup2(number, place)
+for place in (103, 104):
+    os.dup2(place, place - 100)
+    os.close(place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 # Root, as in a container, has no sandbox; nothing but our own page is opened.
 FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "remote-debugging-pipe")
 QUIET = ("disable-extensions", "disable-background-networking", "disable-component-update", "disable-sync")
@@ -33,7 +44,7 @@ class Browser:
         assert path is not None
         options = [f"--{flag}" for flag in (*FLAGS, *QUIET, f"user-data-dir={folder}")]
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{command[0]} 4>&{answer[1]}', path, *options],
+            [sys.executable, "-c", INTO_PLACE, str(command[0]), str(answer[1]), path, *options],
             pass_fds=(command[0], answer[1]),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

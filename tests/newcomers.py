@@ -90,7 +90,8 @@ FAILING = {
     "not_installed": ("import no_such_library\n", "script.py:1: ModuleNotFoundError"),
     "exits": ("raise SystemExit(3)\n", "exit code 3"),
     "unknown_option": (
-        "import torch\n\nf = torch.compile(torch.nn.Linear(4, 4), backend='lq', options={'strikt': 1})\nf(torch.randn(2, 4))\n",
+        "import torch\n\nf = torch.compile(torch.nn.Linear(4, 4), backend='lq', options={'strikt': 1})\n"
+        "f(torch.randn(2, 4))\n",
         "strikt",
     ),
 }

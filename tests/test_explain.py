@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import lqcompile
 from lqcompile import cache, cli, config, terminal, why
 from lqcompile.device import Device
 from lqcompile.errors import ArgumentError, Reason
+from lqcompile.kernels.build import has_nvrtc
 from lqcompile.target import TargetError, explained
 
 from .models import mlp
@@ -94,8 +97,8 @@ def test_an_unusable_target_names_what_is_accepted(target, words, capsys):
 
 
 def test_a_function_of_a_module(script, tmp_path, monkeypatch, capsys):
-    script(f"import torch\n{INT4}\ndef made():\n    return Int4(), (torch.randn(3, 128),)\n\ndef wrong():\n    return 5\n",
-           "newcomers_module.py")  # fmt: skip
+    text = f"import torch\n{INT4}\ndef made():\n    return Int4(), (torch.randn(3, 128),)\n"
+    script(f"{text}\ndef wrong():\n    return 5\n", "newcomers_module.py")
     monkeypatch.chdir(tmp_path)
     assert explained("newcomers_module:made").rewritten == 1
     with pytest.raises(ArgumentError, match="function of newcomers_module"):
@@ -239,3 +242,23 @@ def test_json_names_structures_and_curves_by_place():
         curve = out["curves"][d["curve"]]
         assert {line["name"] for line in curve["lines"]} >= {"dense", "dense weight"}
         assert all(len(line["seconds"]) == len(curve["m"]) for line in curve["lines"])
+
+
+def readme():
+    return (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def test_the_readme_shows_what_lq_explain_prints(script, capsys):
+    pattern = r"```python\n((?:(?!```).)*?\ninputs = .*?)```.*?```text\n(.*?)```"
+    text, shown = re.search(pattern, readme(), re.DOTALL).groups()
+    code, out, _ = lq(capsys, "explain", script(text), "--arch", "sm_90")
+    assert code == cli.Exit.FINE
+    # Without the head, which names versions, and the times of the passes.
+    said = [line for line in out.splitlines()[2:] if not line.startswith("  passes")]
+    assert "\n".join(said).rstrip() == shown.rstrip()
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="without NVRTC kernels for GPUs accept nothing")
+def test_the_readme_has_the_table_of_lq_kernels(capsys):
+    table = re.search(r"<!-- lq kernels --markdown -->\n\n(.*?)\n\n", readme(), re.DOTALL)[1]
+    assert lq(capsys, "kernels", "--markdown")[1].strip() == table, "generate it again: lq kernels --markdown"
