@@ -234,7 +234,8 @@ def explain(model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] 
     Raises ArgumentError for an unknown option, and whatever the model itself raises.
     """
     given = dict(options or {})
-    device = Device.null(given.pop("arch")) if given.get("arch") else None
+    arch = given.pop("arch", None)
+    device = None if arch is None else Device.null(arch)
     make(None, given)
     function = getattr(model, "_orig_mod", model)
     with planning(device) as reports:
@@ -292,4 +293,11 @@ def report_of(module: fx.GraphModule, outcome: Outcome, planned: Device | None =
     facts: dict[str, Any] = {"name": device.name if device else str(kind), "kind": device.kind if device else kind.type}
     facts["real"] = planned is None
     passes = tuple(PassRecord(*record) for record in outcome.passes)
-    return Report(facts, tuple(described(outcome)), passes, tuple(outcome.warnings))
+    told = list(outcome.warnings)
+    try:
+        decisions = described(outcome)
+    except Exception as error:  # noqa: BLE001
+        # A report must not cost the user the compile that it is of.
+        decisions = outcome.decisions
+        told.append(f"what stands around the matmuls could not be told: {type(error).__name__}: {error}")
+    return Report(facts, tuple(decisions), passes, tuple(told))

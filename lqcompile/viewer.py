@@ -94,8 +94,14 @@ def _data(document: Mapping[str, Any]) -> str:
 def tree(decisions: Sequence[Mapping[str, Any]]) -> Branch:
     """The decisions by module path."""
     root = Branch("")
-    for i, d in enumerate(decisions):
-        *modules, name = d["id"].split(".", DEEPEST)
+    parts = [d["id"].split(".", DEEPEST) for d in decisions]
+    modules_of = {tuple(found[:i]) for found in parts for i in range(1, len(found))}
+    for i, (d, found) in enumerate(zip(decisions, parts, strict=True)):
+        *modules, name = found
+        own, _, count = name.partition("#")
+        if (*modules, own) in modules_of:
+            # A matmul of a module that has modules of its own stands in it, by what it calls.
+            modules, name = [*modules, own], f"{d['op']}#{count}" if count else d["op"]
         branch = root
         for part in [None, *modules]:
             if part is not None:

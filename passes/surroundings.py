@@ -198,9 +198,9 @@ def _special(item: Kept, stop: fx.Node, nodes: Sequence[fx.Node], constants: Con
         return advice.FOLD
     if item.reason is Reason.NOT_QUANTIZED:
         for _, t in leaves:
-            if not t.is_floating_point() or t.ndim < 2 or type(t) not in (Tensor, torch.nn.Parameter):
+            if not t.is_floating_point() or t.ndim < 2 or t.numel() == 0 or type(t) not in (Tensor, torch.nn.Parameter):
                 continue
-            row = t.detach().reshape(-1, t.shape[-1])[0][:128].float()
+            row = t.detach()[(0,) * (t.ndim - 1)][:128].float()
             levels = row.unique().numel()
             if row.numel() >= 16 and levels <= 16 and levels > 1:
                 whole = bool((row == row.round()).all())

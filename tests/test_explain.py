@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import lqcompile
-from lqcompile import cache, cli, config, terminal, why
+from lqcompile import backend, cache, cli, config, terminal, why
 from lqcompile.device import Device
 from lqcompile.errors import ArgumentError, Reason
 from lqcompile.kernels.build import has_nvrtc
 from lqcompile.target import TargetError, explained
 
-from .models import mlp
+from .models import close, mlp
 from .newcomers import FAILING, INT4, MODELS
 from .test_report import done, kept
 
@@ -116,7 +116,9 @@ def test_what_was_planned_before_a_failure_is_shown(script, capsys):
 def test_exit_codes(script, tmp_path, monkeypatch, capsys):
     half, ours = script(MODELS["half"][0], "half.py"), script(MODELS["ours"][0], "ours.py")
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    assert lq(capsys, "explain", half, "--min-rewritten", "50", "--json", old)[0] == cli.Exit.FINE
+    page = tmp_path / "out.html"
+    code, out, _ = lq(capsys, "explain", half, "--min-rewritten", "50", "--json", old, "--html", page)
+    assert code == cli.Exit.FINE and "out.html" in out and "1 of 2 matmuls rewritten" in page.read_text()
     code, _, err = lq(capsys, "explain", half, "--min-rewritten", "51")
     assert code == cli.Exit.FEW_REWRITTEN and "50 % rewritten" in err
     assert lq(capsys, "explain", ours, "--min-rewritten", "100", "--json", new)[0] == cli.Exit.FINE
@@ -197,6 +199,15 @@ def test_explain_option_and_environment_print_the_same_on_a_cache_hit(monkeypatc
     assert config.make(None, {"explain": True}).fingerprint == config.make(None, {}).fingerprint
     with pytest.raises(ArgumentError, match="explain"):
         config.make(None, {"explain": "yes"})
+
+
+def test_a_report_that_fails_does_not_fail_the_compile(monkeypatch, capsys):
+    monkeypatch.setattr(backend, "described", lambda _: 1 / 0)
+    model, x = mlp(), torch.randn(5, 128)
+    with torch.no_grad():
+        assert close(torch.compile(model, backend="lq", options={"explain": True})(x), model(x))
+    err = capsys.readouterr().err
+    assert "2 of 2 matmuls rewritten" in err and "ZeroDivisionError" in err
 
 
 def test_the_same_words_with_rich_and_without(monkeypatch, capsys):

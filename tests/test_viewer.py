@@ -148,6 +148,22 @@ def test_boxes_do_not_overlap_and_lines_go_down():
     assert all(places[j][1] < places[i][1] for i, step in enumerate(steps) for j in step["inputs"])
 
 
+def test_the_tree_has_every_matmul_once_in_its_module(report):
+    decisions = report.document()["decisions"]
+
+    def leaves(branch):
+        for inner in branch.branches.values():
+            yield from leaves(inner)
+        yield from ((branch.path, name, i) for name, i in branch.leaves)
+
+    root = viewer.tree(decisions)
+    found = list(leaves(root))
+    assert sorted(i for *_, i in found) == list(range(200)) and not root.leaves
+    assert all(decisions[i]["id"].startswith(path) for path, _, i in found)
+    assert (root.total, root.rewritten) == (200, 125)
+    assert (root.branches["7"].total, root.branches["7"].rewritten) == (8, 5)
+
+
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     found = browser.Browser(tmp_path_factory.mktemp("profile"))

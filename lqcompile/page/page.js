@@ -101,6 +101,11 @@ function choose(at) {
   list.replaceChildren();
   for (const [term, text] of facts(d)) { add(list, "dt", term); add(list, "dd", text); }
   if (!clone(find("graphs"), "structure-" + d.structure)) add(find("graphs"), "p", "Nothing was kept of its surroundings.");
+  for (const frame of document.querySelectorAll("#graphs .scroll")) {
+    // The matmul is what one looks for first.
+    const box = frame.querySelector(".box.matmul rect");
+    if (box) frame.scrollLeft = box.x.baseVal.value + box.width.baseVal.value / 2 - frame.clientWidth / 2;
+  }
   find("curves").hidden = !clone(find("curve"), "curve-" + d.curve);
   showPass();
 }
