@@ -22,6 +22,8 @@ SCHEMA = 1
 # Without these alone a model holds no quantized weight that was missed.
 UNQUANTIZED = frozenset({Reason.NOT_QUANTIZED, Reason.INPUT_WEIGHT})
 TOP = "(top level)"
+# Predicted speed-ups below this are told: the cost model is not sure of the last few percent.
+SLOW = 0.95
 # Rows of x at which curves are drawn: half powers of two.
 CURVE = tuple(sorted({round(2 ** (i / 2)) for i in range(27)}))
 
@@ -177,7 +179,10 @@ class Report:
         if not self.rewritten:
             return Reason.NOT_QUANTIZED.advice
         rest = f"; without a quantized weight: {self.kept}" if self.kept else ""
-        return f"nothing: every quantized weight is packed{rest}"
+        found = predicted(self.decisions)
+        # Said where it matters: the weights are smaller, and the user may have hoped for speed.
+        slow = f"; that saves memory, not time, at M={found[0]}" if found is not None and found[1] < SLOW else ""
+        return f"nothing: every quantized weight is packed{rest}{slow}"
 
 
 class _Once:

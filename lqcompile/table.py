@@ -30,7 +30,7 @@ def lines(report: Report) -> Iterator[Line]:
     for line in wrap(f"what to do: {report.next_step()}", "  ", "    "):
         yield "bold", line
     if report.rewritten and report.device.get("kind") == "cpu":
-        yield "dim", "  a CPU has no low-bit kernels yet, packing saves memory there; for a GPU: --arch sm_90"
+        yield "dim", "  a CPU has no low-bit kernels yet; to plan for a GPU that is not here: --arch sm_90"
     yield from _rewritten(report)
     yield from _kept(report)
     if report.breaks:

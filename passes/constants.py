@@ -206,10 +206,14 @@ def _version_at_birth(node: fx.Node) -> int:
 
 @dataclass
 class Trail:
-    """Which node of a slice is being evaluated, and the first at which its algebra was `lost`."""
+    """Which node of a slice is being evaluated, the first at which its algebra was `lost`, and the form it had then.
+
+    form  of `types.FORMS`: "table" where codes were looked up, else "affine"
+    """
 
     node: str = ""
     lost: str = ""
+    form: str = ""
 
 
 def run(cut: Slice, leaves: Sequence[torch.Tensor], module: torch.nn.Module, trail: Trail) -> torch.Tensor:

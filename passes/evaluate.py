@@ -55,7 +55,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [n, k] evaluated: in eager's precision, exactly, and as algebra. `lost`: the node that has none."""
+    """A weight [n, k] evaluated: in eager's precision, exactly, and as algebra. `lost` is the node that ended it, `near` its form."""
 
     native: Tensor
     shadow: Tensor
@@ -63,6 +63,7 @@ class Weight:
     lowbit: bool
     roundoff: float
     lost: str = ""
+    near: str = ""
 
 
 def evaluate(
@@ -151,7 +152,7 @@ class _Evaluation(TorchDispatchMode):
         """What is known of a result."""
         value = self._value(t)
         shadow = value.shadow if value.shadow is not None else t.to(torch.float64)
-        return Weight(t, shadow, self.form(t), value.lowbit, value.roundoff, self.trail.lost)
+        return Weight(t, shadow, self.form(t), value.lowbit, value.roundoff, self.trail.lost, self.trail.form)
 
     def form(self, x: Any) -> Form:
         """The form of an operand, tensor or number."""
@@ -226,10 +227,16 @@ class _Evaluation(TorchDispatchMode):
                 form = self._combine(op, out, i if many else None, table)
                 if form is None or len(form.terms) > algebra.MAX_TERMS:
                     form = algebra.constant(shadow)
-                    if not self.trail.lost and any(self.form(t).terms for t in op.tensors):
-                        self.trail.lost = self.trail.node
+                    self._lose(op)
             own = 0.0 if moves else UNIT_ROUNDOFF.get(out.dtype, 0.0)
             out._lq_value = Value(shadow, form, low, max(coarsest, own))
+
+    def _lose(self, op: Operation) -> None:
+        """Notes where the algebra ends, for whoever asks why."""
+        terms = [term for t in op.tensors for term in self.form(t).terms]
+        if terms and not self.trail.lost:
+            self.trail.lost = self.trail.node
+            self.trail.form = "table" if any(term.levels is not None for term in terms) else "affine"
 
     def _gathered(self, op: Operation) -> tuple[bool, tuple[Tensor, Tensor] | None]:
         """Whether a gather yields low-bit data, and its source as a table if it is one. An index makes no value."""

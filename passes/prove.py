@@ -91,7 +91,7 @@ class Reader:
         # Where the algebra ended says more than what an idiom found missing.
         lost = weight.lost if nearest[1].reason == Reason.TOO_MANY_LEVELS else ""
         refused = Refused(nearest[1].reason, lost or nearest[1].at)
-        misses.append(NearMiss(nearest[0], refused.reason, refused.at))
+        misses.append(NearMiss(weight.near if lost else nearest[0], refused.reason, refused.at))
         raise refused from nearest[1]
 
 

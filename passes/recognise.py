@@ -205,7 +205,7 @@ class Recogniser:
 
             def recover(sources: Sequence[Tensor]) -> Recovered:
                 probe = identity(width, x_dtype, sources[0].device) if through else None
-                trail.lost = ""
+                trail.lost = trail.form = ""
                 return reader.read(evaluate(compute, sources, probe, trail), sources, key, misses, recover)
 
             try:

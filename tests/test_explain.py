@@ -1,5 +1,6 @@
 """`lq explain`, `lq why`, `lq diff` as a newcomer uses them: what the first screen says, exit codes, no traceback."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,7 +11,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lqcompile
 from lqcompile import backend, cache, cli, config, terminal, why
@@ -18,10 +22,11 @@ from lqcompile.device import Device
 from lqcompile.errors import ArgumentError, Reason
 from lqcompile.kernels.build import has_nvrtc
 from lqcompile.target import TargetError, explained
+from lqcompile.types import Candidate, NearMiss, Piece, Step
 
 from .models import close, mlp
 from .newcomers import FAILING, INT4, MODELS
-from .test_report import done, kept
+from .test_report import HOSTILE, done, kept
 
 LQ = os.path.join(os.path.dirname(sys.executable), "lq")
 
@@ -105,6 +110,28 @@ def test_a_function_of_a_module(script, tmp_path, monkeypatch, capsys):
         explained("newcomers_module:other")
     with pytest.raises(TargetError, match=r"return \(model, inputs\)"):
         explained("newcomers_module:wrong")
+
+
+def test_a_plan_that_only_saves_memory_says_so():
+    m = sympy.Symbol("m", positive=True)
+
+    def report(ours):
+        more = {"candidates": (Candidate("dense", "lut", ours * m),), "dense": Candidate("dense weight", "", 1e-6 * m)}
+        return lqcompile.Report({}, (done("a", (Piece(4, None, "dense", 4 * ours),), **more),))
+
+    assert "saves memory, not time, at M=4" in report(2e-6).next_step() and "predicted 0.5x" in report(2e-6).verdict()
+    assert report(0.5e-6).next_step() == "nothing: every quantized weight is packed"
+
+
+@given(st.one_of(st.sampled_from(HOSTILE), st.text(max_size=300)))
+def test_no_name_breaks_a_line_of_why_or_diff(name):
+    step = Step(name, name, (), "matmul", "stopped", name, name)
+    near = (NearMiss(name, Reason.GROUPS, name),)
+    first = dataclasses.replace(kept(name, Reason.GROUPS, near, file=name), before=(step,), advice=name)
+    document = lqcompile.Report({}, (first, done(name, before=(step,)))).document()
+    lines = [line for d in document["decisions"] for _, line in why.why(document, d["id"])]
+    lines += [line for _, line in why.diff(document, {**document, "decisions": []})]
+    assert len(lines) > 8 and all(len(line) <= 100 and (line.isprintable()) for line in lines)
 
 
 def test_what_was_planned_before_a_failure_is_shown(script, capsys):

@@ -31,6 +31,17 @@ def test_why_names_the_operation_and_the_fix(case):
     assert max(map(len, said.splitlines())) <= 100
 
 
+@pytest.mark.parametrize(
+    ("name", "rule"), [("relu", "affine"), ("rotated_in", "affine"), ("lora", "affine"), ("scale_of_amax", "none")]
+)
+def test_why_names_the_nearest_rule(name, rule):
+    model = Model(next(case for case in CASES if case.name == name)).eval()
+    with torch.no_grad():
+        document = lqcompile.explain(model, model.case.x()).document()
+    said = [line for _, line in why.why(document, document["decisions"][0]["id"])]
+    assert [line.split()[2].rstrip(":") for line in said if line.startswith("  nearest rule")] == [rule]
+
+
 def test_there_are_fifty_cases_and_at_most_five_are_wrong():
     names = [case.name for case in CASES]
     assert len(set(names)) == 50
