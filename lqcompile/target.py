@@ -123,9 +123,11 @@ def _blaming(path: Path | None, reports: list[Report]) -> Iterator[None]:
     """Turns whatever the user's program raises into a TargetError that names its line."""
     try:
         yield
-    except (TargetError, ArgumentError, ModuleNotFoundError) as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        if not missing or path is None:
+    except TargetError:
+        raise
+    except ModuleNotFoundError as error:
+        # Without a path it is the target itself that may not be there.
+        if path is None:
             raise
         raise TargetError(_sentence(error, path), Report.merged(reports)) from error
     except SystemExit as stop:

@@ -88,6 +88,10 @@ FAILING = {
     "no_inputs": ("import torch\n\nmodel = torch.nn.Linear(4, 4)\n", "let it define `model` and `inputs`"),
     "wrong_inputs": ("import torch\n\nmodel, x = torch.nn.Linear(4, 4), torch.randn(2, 5)\n", "Error"),
     "not_installed": ("import no_such_library\n", "script.py:1: ModuleNotFoundError"),
+    "our_argument": (
+        "import torch\nimport lqcompile\n\nlqcompile.quantize(torch.nn.Sequential(torch.nn.Linear(4, 4)), bits=99)\n",
+        "script.py:4: ArgumentError: bits is 99",
+    ),
     "exits": ("raise SystemExit(3)\n", "exit code 3"),
     "unknown_option": (
         "import torch\n\nf = torch.compile(torch.nn.Linear(4, 4), backend='lq', options={'strikt': 1})\n"

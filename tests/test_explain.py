@@ -293,7 +293,7 @@ def test_the_readme_shows_what_lq_explain_prints(script, capsys):
     assert code == cli.Exit.FINE
     # Without the head, which names versions, and the times of the passes.
     said = [line for line in out.splitlines()[2:] if not line.startswith("  passes")]
-    assert "\n".join(said).rstrip() == shown.rstrip()
+    assert "\n".join(said).rstrip() == shown.rstrip(), "paste it again: a kernel or its cost has changed"
 
 
 @pytest.mark.skipif(not has_nvrtc(), reason="without NVRTC kernels for GPUs accept nothing")
