@@ -11,7 +11,6 @@ from ..errors import Reason
 
 LEVELS = (Reason.TOO_MANY_LEVELS,)
 WEIGHT = (Reason.TOO_MANY_LEVELS, Reason.GROUPS, Reason.PROOF_FAILED)
-ANY = ""
 
 FOLD = "leave one code tensor and one scale for each group: fold the other factor (a mask, other codes) into the codes"
 RULES: tuple[tuple[tuple[Reason, ...], str, str], ...] = (
@@ -22,16 +21,14 @@ RULES: tuple[tuple[tuple[Reason, ...], str, str], ...] = (
      "keep what is written over it apart: F.linear(x, w) plus a second matmul with the outliers less w there"),
     ((Reason.GROUPS,), r"add|sub|lerp",
      "add that part to the output instead: F.linear(x, w) + F.linear(x, delta)"),
-    ((Reason.GROUPS,), r"mul|div|^scale$",
+    ((Reason.GROUPS,), r"mul|div|normalize|^scale$",
      "share each scale by a group of inputs (axis=1); a factor for each input belongs on x: F.linear(x * s, w)"),
-    (LEVELS, r"norm|rsqrt|sqrt|mean|^var|^std|^sum$|amax|amin|^max$|^min$|logsumexp",
+    (LEVELS, r"norm|rsqrt|mean|^var|^std|^sum$|amax|amin|^max$|^min$|logsumexp",
      "compute that number once, when quantizing, and keep the scale it gives in a buffer"),
-    (LEVELS, r"softmax|sigmoid|tanh|relu|gelu|silu|exp|log|abs|sin|cos|pow|square|softplus|erf|sign|hardtanh|elu|atan",
-     "apply {op} before quantizing, so that codes and scales are of its result"),
-    (LEVELS, r"add|sub", "add one of the two code tensors' products to the output: F.linear(x, w1) + F.linear(x, w2)"),
-    (LEVELS, r"mul|div|addcmul|lerp", FOLD),
-    (LEVELS, r"sort|topk|cumsum|cumprod|diff|unique|inverse|interpolate|pool",
-     "apply {op} before quantizing, so that codes and scales are of its result"),
+    (LEVELS, r"^i?add|^i?sub|^rsub",
+     "add one of the two code tensors' products to the output: F.linear(x, w1) + F.linear(x, w2)"),
+    (LEVELS, r"^i?mul|^i?div|truediv|addcmul|addcdiv", FOLD),
+    (LEVELS, r".", "apply {op} before quantizing, so that codes and scales are of its result"),
     ((Reason.UNSUPPORTED_OP,), r"dropout|rand|bernoulli|normal|noise|uniform|multinomial",
      "leave randomness out of inference: call model.eval(), or move {op} out of the weight"),
     ((Reason.UNSUPPORTED_SPELLING,), r"conv",

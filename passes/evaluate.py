@@ -55,7 +55,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [n, k] evaluated: in eager's precision, exactly, and as algebra. `lost` is the node that ended it, `near` its form."""
+    """A weight [n, k] evaluated: in eager's precision, exactly, and as algebra.
+
+    lost, near  the node that ended the algebra, and the form that it had before; "" where nothing did
+    """
 
     native: Tensor
     shadow: Tensor

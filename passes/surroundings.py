@@ -27,7 +27,7 @@ from .recognise import ACTIVATION, LOW_BIT, Kept, Match, where
 MOST = 48
 BEYOND = 3
 LONGEST = 160
-ARITHMETIC = re.compile(r"^(i?add|i?sub|rsub|i?mul|i?(true)?div|truediv|addcmul|addcdiv|lerp)")
+ARITHMETIC = re.compile(r"^(i?add|i?sub|rsub|i?mul|i?(true)?div|truediv|addcmul|addcdiv|lerp|normalize)")
 WRITE = re.compile(r"^(setitem|where|index_(put|copy|fill|add)|scatter|masked_(fill|scatter)|copy_)")
 # What only moves or renames a tensor does not stop anything.
 _QUIET = {"placeholder", "get_attr", "output"}
@@ -61,7 +61,9 @@ def _kept(item: Kept, decision: Decision, constants: Constants) -> Decision:
         return replace(decision, before=_steps([item.node], constants, item.node, item.node))
     nodes = _around(constants, item.node, item.node, None)
     stop = _stop(item, nodes, constants)
-    found = _special(item, stop, nodes, constants) or advice.advise(item.reason, _op(stop))
+    # At the matmul itself nothing is wrong with an operation before it.
+    op = _op(stop) if stop is not item.node or item.reason is Reason.UNSUPPORTED_SPELLING else ""
+    found = _special(item, stop, nodes, constants) or advice.advise(item.reason, op)
     return replace(decision, before=_steps(nodes, constants, item.node, stop), advice=found)
 
 
@@ -176,9 +178,12 @@ def _uneven(sums: Sequence[fx.Node], constants: Constants) -> fx.Node | None:
     for node in reversed(sums):
         floats = [i for i in node.all_input_nodes if _floating(i) and not _dequantized(i, constants)]
         if WRITE.match(_op(node)):
-            if floats:
+            # The value may be a plain number.
+            if floats or "fill" in _op(node):
                 return node
             continue
+        if _op(node) == "normalize":
+            return node
         size = fake_value(node).numel()
         if any(fake_value(i).numel() in (size, fake_value(node).shape[-1]) for i in floats):
             return node
