@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import operator
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,10 +29,12 @@ from .passes.lower import copy_module
 from .passes.pipeline import Outcome
 from .passes.plan import Packed
 from .passes.prove import Recovered
+from .passes.surroundings import described
 from .report import PassRecord, Report
 
 _LIVE: weakref.WeakSet[Compiled] = weakref.WeakSet()
 _RECORDING: list[list[Report]] = []
+_PLANNING: list[Device | None] = []
 
 
 def lq(
@@ -44,15 +47,22 @@ def lq(
     """The backend "lq" of torch.compile.
 
     mode      as Inductor's: "default", "reduce-overhead", "max-autotune", ...
-    options   "strict", "check_weights" (see config.Config), "mode", and any option of Inductor
+    options   "strict", "check_weights", "explain" (see config.Config), "mode", and any option of Inductor
     Raises ArgumentError for an unknown option, StrictError for a failure of ours in strict mode.
     """
     config = make(mode, options)
-    outcome = pipeline.run(module, example_inputs, config)
+    planned = _PLANNING[-1] if _PLANNING else None
+    outcome = pipeline.run(module, example_inputs, config, planned)
+    if _RECORDING or config.explain:
+        report = report_of(module, outcome, planned)
+        for reports in _RECORDING:
+            reports.append(report)
+        if config.explain:
+            print(report.text(), file=sys.stderr, flush=True)
+    if _PLANNING:
+        return module.forward
     for warning in outcome.warnings:
         warnings.warn(warning, stacklevel=2)
-    for reports in _RECORDING:
-        reports.append(report_of(module, outcome))
     return _compile(module, example_inputs, config, outcome)
 
 
@@ -220,18 +230,47 @@ def refresh(model: torch.nn.Module | None = None) -> None:
 def explain(model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
     """Runs `model(*inputs, **kwargs)` once, without compiling, and reports what "lq" would make of each matmul.
 
+    options   as torch.compile(backend="lq") takes them, and "arch": a GPU to plan for that is not here, like "sm_90"
     Raises ArgumentError for an unknown option, and whatever the model itself raises.
     """
-    config = make(None, options)
-    reports: list[Report] = []
-
-    def plan_only(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(report_of(module, pipeline.run(module, example_inputs, config)))
-        return module.forward
-
+    given = dict(options or {})
+    arch = given.pop("arch", None)
+    device = None if arch is None else Device.null(arch)
+    make(None, given)
     function = getattr(model, "_orig_mod", model)
-    torch.compile(function, backend=plan_only)(*inputs, **kwargs)
-    return Report.merged(reports) if reports else Report({}, ())
+    with planning(device) as reports:
+        # Not by its name: what Dynamo compiled before for "lq" would answer, and nothing be planned.
+        torch.compile(function, backend=functools.partial(lq, options=given))(*inputs, **kwargs)
+    return Report.merged(reports)
+
+
+@contextlib.contextmanager
+def planning(device: Device | None = None) -> Iterator[list[Report]]:
+    """Meanwhile "lq" only plans, for `device` or the one that tensors are on: graphs run as they are, uncompiled.
+
+    Collects a report of every graph, and at the end one of where Dynamo cut the model.
+    """
+    from torch._dynamo.utils import graph_break_reasons
+
+    before = len(graph_break_reasons)
+    _PLANNING.append(device)
+    try:
+        with recording() as reports:
+            try:
+                yield reports
+            finally:
+                cuts = tuple(_cut(reason) for reason in graph_break_reasons[before:] if reason.graph_break)
+                if cuts:
+                    reports.append(Report(reports[0].device if reports else {}, (), breaks=cuts))
+    finally:
+        _PLANNING.pop()
+
+
+def _cut(reason: Any) -> str:
+    """A graph break in one line: the user's file and line, and the first sentence of Dynamo's reason."""
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    place = f"{frame.filename}:{frame.lineno}  {(frame.line or '').strip()}" if frame else "somewhere"
+    return f"{place}  ({str(reason.reason).strip().splitlines()[0]})"
 
 
 @contextlib.contextmanager
@@ -246,11 +285,19 @@ def recording() -> Iterator[list[Report]]:
         _RECORDING[:] = [other for other in _RECORDING if other is not reports]
 
 
-def report_of(module: fx.GraphModule, outcome: Outcome) -> Report:
-    """The report of one graph."""
+def report_of(module: fx.GraphModule, outcome: Outcome, planned: Device | None = None) -> Report:
+    """The report of one graph; `planned` is the device that was planned for where that is not the tensors' own."""
     fakes = (fake_value(n) for n in module.graph.nodes)
     kind = next((t.device for t in fakes if isinstance(t, Tensor)), torch.device("cpu"))
-    device = Device.of(kind) if kind.type in ("cpu", "cuda") else None
-    facts = {"name": device.name if device else str(kind), "kind": kind.type, "real": True}
+    device = planned or (Device.of(kind) if kind.type in ("cpu", "cuda") else None)
+    facts: dict[str, Any] = {"name": device.name if device else str(kind), "kind": device.kind if device else kind.type}
+    facts["real"] = planned is None
     passes = tuple(PassRecord(*record) for record in outcome.passes)
-    return Report(facts, tuple(outcome.decisions), passes, tuple(outcome.warnings))
+    told = list(outcome.warnings)
+    try:
+        decisions = described(outcome)
+    except Exception as error:  # noqa: BLE001
+        # A report must not cost the user the compile that it is of.
+        decisions = outcome.decisions
+        told.append(f"what stands around the matmuls could not be told: {type(error).__name__}: {error}")
+    return Report(facts, tuple(decisions), passes, tuple(told))

@@ -20,11 +20,13 @@ class Config:
     strict         raise instead of falling back to Inductor when a pass of ours fails
     check_weights  "every_call" compares every source tensor with the one that was packed; "never" leaves
                    that to lqcompile.refresh(model)
+    explain        print what became of each matmul, on stderr, whenever a graph is compiled; LQ_EXPLAIN=1 does too
     inductor       options of Inductor itself, passed on
     """
 
     strict: bool = False
     check_weights: str = "every_call"
+    explain: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,13 +52,16 @@ def make(mode: str | None, options: Mapping[str, Any] | None) -> Config:
     for name in given:
         if name.replace("-", "_") not in known:
             raise ArgumentError("options", name, f"{', '.join(('mode', *OWN))}, or an option of Inductor")
-    if not isinstance(own.get("strict", False), bool):
-        raise ArgumentError("options['strict']", own["strict"], "True | False")
+    for flag in ("strict", "explain"):
+        if not isinstance(own.get(flag, False), bool):
+            raise ArgumentError(f"options['{flag}']", own[flag], "True | False")
     if own.get("check_weights", CHECK_WEIGHTS[0]) not in CHECK_WEIGHTS:
         raise ArgumentError("options['check_weights']", own["check_weights"], " | ".join(CHECK_WEIGHTS))
     inductor = {**modes.get(mode or "default", {}), **{k.replace("-", "_"): v for k, v in given.items()}}
     if environment("LQ_STRICT") == "1":
         own.setdefault("strict", True)
+    if environment("LQ_EXPLAIN") == "1":
+        own.setdefault("explain", True)
     return Config(**own, inductor=inductor)
 
 
@@ -76,6 +81,11 @@ def cache_folder() -> Path | None:
         return (base if base.is_absolute() else Path.home() / ".cache") / "lqcompile"
     except RuntimeError:
         return None
+
+
+def hide_gpus() -> None:
+    """Makes torch see no GPU. Only before the first use of CUDA in this process."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def go_offline() -> None:

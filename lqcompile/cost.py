@@ -6,10 +6,18 @@ from collections.abc import Sequence
 
 import sympy
 
-from .types import Candidate, Piece
+from .device import Device
+from .types import Candidate, Piece, Problem
 
 # Where a plan for an unbounded m is compared: decode-heavy, with the usual lengths of prefill.
 WORKLOAD = (1, 2, 4, 8, 16, 512, 1024, 2048, 4096)
+
+
+def dense(problem: Problem, device: Device) -> sympy.Expr:
+    """Seconds of the vendor's matmul on the dense weight: the longer of reading it and of the arithmetic."""
+    size = problem.n * problem.k
+    read = size * problem.x_dtype.itemsize / device.bandwidth
+    return device.launch + sympy.Max(read, 2.0 * problem.m * size / device.rate)
 
 
 def sample(expression: sympy.Expr, ms: Sequence[int]) -> list[float]:
@@ -17,7 +25,7 @@ def sample(expression: sympy.Expr, ms: Sequence[int]) -> list[float]:
     symbols = sorted(expression.free_symbols, key=str)
     if not symbols:
         return [float(expression)] * len(ms)
-    function = sympy.lambdify(symbols, expression, modules="math")
+    function = sympy.lambdify(symbols, expression, modules=[{"Max": max}, "math"])
     return [float(function(m)) for m in ms]
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy
 import torch
 
+from .errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -23,18 +25,42 @@ class Device:
     launch: float
 
     @staticmethod
+    def null(arch: str) -> Device:
+        """The facts of a GPU that is not here, from committed results of `lq bench` on one; `arch` like "sm_90".
+
+        Raises ArgumentError for an architecture that nobody has measured.
+        """
+        known = {f"sm_{found['device']['capability'].replace('.', '')}": found["device"] for found in _gpus()}
+        if arch not in known:
+            raise ArgumentError("arch", arch, " | ".join(sorted(known)))
+        name = known[arch]["name"]
+        facts = _measured(name)
+        assert facts is not None
+        bandwidth, launch = facts
+        return Device("cuda", name, bandwidth, _rate(known[arch]["processors"]), launch)
+
+    @staticmethod
     def of(device: torch.device | str) -> Device:
         """The facts of a real device."""
         device = torch.device(device)
         if device.type == "cuda":
             p = torch.cuda.get_device_properties(device)
-            # A datasheet's view: two transfers a memory clock; 1,024 half-precision FMAs a clock on each SM.
+            # A datasheet's view: two transfers a memory clock.
             bandwidth = 2 * getattr(p, "memory_clock_rate", 1.5e6) * 1e3 * getattr(p, "memory_bus_width", 256) / 8
             bandwidth, launch = _measured(p.name) or (bandwidth, 3e-6)
-            return Device("cuda", p.name, bandwidth, 2048.0 * p.multi_processor_count * 1.5e9, launch)
+            return Device("cuda", p.name, bandwidth, _rate(p.multi_processor_count), launch)
         # Measured (CPU.md): one Sapphire Rapids core reads 17 GB/s and does 216 Gop/s of float32 FMA.
         threads = torch.get_num_threads()
         return Device("cpu", f"cpu, {threads} threads", 17e9 * threads, 216e9 * threads, 5e-6)
+
+
+def _rate(processors: int) -> float:
+    # A datasheet's view: 1,024 half-precision FMAs a clock on each SM.
+    return 2048.0 * processors * 1.5e9
+
+
+def _gpus() -> list[dict[str, Any]]:
+    return [found for found in measured().values() if found.get("device", {}).get("type") == "cuda"]
 
 
 def measured() -> dict[str, dict[str, Any]]:

@@ -231,22 +231,45 @@ def kernel_table() -> str:
     return "\n".join([*lines, "", *(f"{name}: {kernel.summary}" for name, kernel in kernels)])
 
 
+def format_table() -> str:
+    """Formats x kernels as a Markdown table: on which devices, for which dtypes of x, each kernel takes a format."""
+    kernels = sorted(registry.discover().items())
+    lines = ["| weight | bits | " + " | ".join(name for name, _ in kernels) + " |", "|---|---|" + "---|" * len(kernels)]
+    for form in FORMS:
+        cells = {bits: tuple(_cell(kernel, form, bits) for _, kernel in kernels) for bits in range(1, 9)}
+        for row, same in itertools.groupby(cells, key=cells.__getitem__):
+            run = list(same)
+            bits = f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}"
+            lines.append(f"| {form} | {bits} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _cell(kernel: registry.Kernel, form: str, bits: int) -> str:
+    found: dict[str, list[str]] = {}
+    for device in kernel.devices:
+        names = [str(t).removeprefix("torch.") for t in registry.X_DTYPES if _accepts(kernel, form, bits, t, device)]
+        if names:
+            found.setdefault(", ".join(names), []).append(device)
+    return "; ".join(f"{', '.join(devices)}: {dtypes}" for dtypes, devices in found.items()) or "-"
+
+
+def _accepts(kernel: registry.Kernel, form: str, bits: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether a kernel takes a form in some layout, with some kind of zero, at groups of 128."""
+    zeros = {"affine": ("none", "int", "float"), "table": ("none",), "binary": ("none", "float")}[form]
+    calls = (
+        registry.Call(layout, Format(form, bits, 128, zero, "float16"), 512, 512)
+        for layout, zero in itertools.product(kernel.layouts, zeros)
+        if form in LAYOUTS[layout].forms
+    )
+    return any(kernel.accepts(call, dtype, device) is None for call in calls)
+
+
 def _formats(kernel: registry.Kernel) -> str:
     """Forms and bits that a kernel accepts in some layout, at groups of 128, for some dtype of x."""
-
-    def accepts(form: str, bits: int) -> bool:
-        zeros = {"affine": ("none", "int", "float"), "table": ("none",), "binary": ("none", "float")}[form]
-        tries = itertools.product(kernel.layouts, zeros, registry.X_DTYPES, kernel.devices)
-        return any(
-            form in LAYOUTS[layout].forms
-            and kernel.accepts(registry.Call(layout, Format(form, bits, 128, zero, "float16"), 512, 512), dtype, device)
-            is None
-            for layout, zero, dtype, device in tries
-        )
-
+    tries = list(itertools.product(registry.X_DTYPES, kernel.devices))
     parts = []
     for form in FORMS:
-        bits = [b for b in range(1, 9) if accepts(form, b)]
+        bits = [b for b in range(1, 9) if any(_accepts(kernel, form, b, dtype, device) for dtype, device in tries)]
         if bits:
             run = len(bits) > 2 and bits == list(range(bits[0], bits[-1] + 1))
             parts.append(f"{form} {bits[0]}-{bits[-1]}" if run else f"{form} {'/'.join(map(str, bits))}")

@@ -33,6 +33,10 @@ class Reason(enum.Enum):
         "the weight's codes are constant, but its dequantization depends on the input",
         "store scales and zero points as parameters or buffers of the module",
     )
+    GRAPH_BREAK = (
+        "the weight comes out of another graph, from before a graph break",
+        "remove the graph break between dequantization and matmul, or dequantize after it",
+    )
     FREE_TENSOR = (
         "the weight is not a parameter or buffer of the model",
         "register it with register_buffer or nn.Parameter; closures and arguments may change on every call",

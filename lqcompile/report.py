@@ -1,25 +1,31 @@
-"""What was decided, printed: the Decisions of one compile as text for a reader and as JSON for a program."""
+"""What was decided, as a value: the Decisions of one compile, as text (table), JSON (here) and HTML (viewer)."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-import textwrap
-from collections import Counter, defaultdict
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from . import cost
+from .device import measured
 from .errors import Reason
-from .types import Decision, Piece
+from .types import Decision, Piece, Step
 
 SCHEMA = 1
-WIDTH = 100
 # Without these alone a model holds no quantized weight that was missed.
 UNQUANTIZED = frozenset({Reason.NOT_QUANTIZED, Reason.INPUT_WEIGHT})
 TOP = "(top level)"
+# Predicted speed-ups below this are told: the cost model is not sure of the last few percent.
+SLOW = 0.95
+# Rows of x at which curves are drawn: half powers of two.
+CURVE = tuple(sorted({round(2 ** (i / 2)) for i in range(27)}))
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,17 @@ class PassRecord:
 class Report:
     """Every decision of one compile. The order of the decisions changes neither text nor JSON.
 
-    device     facts of the device that was planned for; `name` is printed
+    device     facts of the device that was planned for; `name` is printed, `real` is False for one that is not here
     decisions  one for each matmul of the graphs
     warnings   sentences for the user, such as a pass that was rolled back
+    breaks     where Dynamo cut the model into several graphs, and why
     """
 
     device: Mapping[str, Any]
     decisions: tuple[Decision, ...]
     passes: tuple[PassRecord, ...] = ()
     warnings: tuple[str, ...] = ()
+    breaks: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> int:
@@ -65,6 +73,16 @@ class Report:
         """Bytes of the rewritten weights as they are packed."""
         return sum(d.bytes_after for d in self.decisions if d.outcome == "rewritten")
 
+    @property
+    def refuted(self) -> int:
+        """How many kept matmuls failed a proof or a verification: Exit.PROOF_FAILED of `lq explain`."""
+        return sum(d.reason in (Reason.PROOF_FAILED, Reason.PASS_FAILED) for d in self.decisions)
+
+    @property
+    def quantized(self) -> int:
+        """How many matmuls have a weight that is quantized, or that may be: all but those of UNQUANTIZED."""
+        return sum(d.reason not in UNQUANTIZED for d in self.decisions)
+
     @staticmethod
     def merged(reports: Iterable[Report]) -> Report:
         """One report of several graphs: decisions together, passes summed by name, each warning once."""
@@ -80,42 +98,58 @@ class Report:
             tuple(d for r in parts for d in r.decisions),
             tuple(passes.values()),
             tuple(dict.fromkeys(w for r in parts for w in r.warnings)),
+            tuple(dict.fromkeys(b for r in parts for b in r.breaks)),
         )
 
-    def json(self) -> str:
-        """Schema 1 as one JSON document: ASCII, decisions sorted by module path, no time of day."""
-        document = {
+    def document(self) -> dict[str, Any]:
+        """Schema 1 as plain values: decisions sorted by module path, no time of day.
+
+        Equal surroundings and curves stand once, in `structures` and `curves`; decisions name them by place.
+        """
+        structures, curves = _Once(), _Once()
+        decisions = [_decision(id, d, self.device, structures, curves) for id, d in with_ids(self.decisions)]
+        found = predicted(self.decisions)
+        return {
             "schema": SCHEMA,
             "lqcompile": version("lqcompile"),
             "torch": version("torch"),
             "device": dict(self.device),
+            "verdict": self.verdict(),
+            "next": self.next_step(),
             "totals": {
                 "matmuls": len(self.decisions),
                 "rewritten": self.rewritten,
                 "kept": self.kept,
                 "bytes_before": self.bytes_before,
                 "bytes_after": self.bytes_after,
+                "predicted_speedup": None if found is None else _short(found[1]),
             },
-            "decisions": [_decision_json(id, d) for id, d in _with_ids(self.decisions)],
+            "decisions": decisions,
+            "structures": structures.values,
+            "curves": curves.values,
             "passes": [{"name": p.name, "ms": round(1e3 * p.seconds, 3), "changed": p.changed} for p in self.passes],
             "warnings": list(self.warnings),
+            "graph_breaks": list(self.breaks),
         }
-        return json.dumps(document, indent=1, default=str)
+
+    def json(self) -> str:
+        """`document` as text: ASCII, one JSON object."""
+        return json.dumps(self.document(), indent=1, default=str)
 
     def text(self) -> str:
         """The report for a reader: verdict first, at most 100 columns, without colour."""
-        name = str(self.device.get("name", "unknown device"))
-        head = f"lqcompile {version('lqcompile')}   {_fit(name, 50)}   torch {version('torch')}"
-        lines = [_fit(head, WIDTH), "", f"  {self.verdict()}"]
-        lines += self._rewritten_lines()
-        lines += self._kept_lines()
-        if self.passes:
-            each = ", ".join(f"{_fit(p.name, 30)} {p.seconds:.2f}" for p in self.passes)
-            total = sum(p.seconds for p in self.passes)
-            lines += ["", *_wrap(f"passes {total:.2f} s: {each}", "  ", "    ")]
-        if self.warnings:
-            lines += ["", *(line for w in self.warnings for line in _wrap(f"warning: {w}", "  ", "    "))]
-        return "\n".join(lines)
+        from .table import lines
+
+        return "\n".join(line for _, line in lines(self))
+
+    def html(self, path: str | Path | None = None) -> str:
+        """The report as one HTML page that needs no other file and no network; also written to `path`, if given."""
+        from .viewer import page
+
+        text = page(self.document())
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
 
     def __str__(self) -> str:
         return self.text()
@@ -125,56 +159,55 @@ class Report:
         total = len(self.decisions)
         if not total:
             return "no matmul was compiled, so there was nothing to rewrite"
-        if all(d.reason in UNQUANTIZED for d in self.decisions):
+        if not self.quantized:
             return f"nothing is quantized: no weight of {total} matmuls is, so Inductor compiled them all"
         counts = f"{self.rewritten} of {total} matmuls rewritten"
         if not self.rewritten:
             return counts
-        return f"{counts}      weights {size(self.bytes_before)} -> {size(self.bytes_after)}"
+        found = predicted(self.decisions)
+        speed = "" if found is None else f"      predicted {found[1]:.2g}x at M={found[0]}"
+        return f"{counts}      weights {size(self.bytes_before)} -> {size(self.bytes_after)}{speed}"
 
-    def _rewritten_lines(self) -> list[str]:
-        rows = Counter(
-            (_pattern(d.where.path), str(d.format), _kernels(d.pieces))
-            for d in self.decisions
-            if d.outcome == "rewritten"
-        )
-        if not rows:
-            return []
-        table = [("layer", "format", "kernel")]
-        table += [(_counted(path, n, 46), format, run) for (path, format, run), n in sorted(rows.items())]
-        layer, middle = (max(len(row[i]) for row in table) for i in (0, 1))
-        lines = [""]
-        for path, format, kernels in table:
-            start = f"  {path:<{layer}}  {format:<{middle}}  "
-            lines += _wrap(kernels, start, " " * len(start))
-        return lines
-
-    def _kept_lines(self) -> list[str]:
-        groups: dict[Reason | None, Counter[tuple[str, str, str]]] = defaultdict(Counter)
-        for d in self.decisions:
-            if d.outcome != "rewritten":
-                nearest = "; ".join(f"{m.rule} stopped at {m.at}: {m.reason.sentence}" for m in d.near_misses)
-                source = f"{d.where.file}:{d.where.line}" if d.where.file else ""
-                groups[d.reason][_pattern(d.where.path), source, nearest] += 1
-        lines = ["", f"  {self.kept} kept"] if groups else []
-        for reason, rows in sorted(groups.items(), key=lambda g: (-g[1].total(), g[0].name if g[0] else "")):
-            sentence, advice = reason.value if reason else ("no reason was recorded", "please report this")
-            lines += _wrap(sentence, f"  {rows.total():>5}  ", " " * 9)
-            lines += _wrap(advice, " " * 9, " " * 9)
-            layer = max(len(_counted(path, n, 44)) for (path, _, _), n in rows.items())
-            for (path, source, nearest), n in sorted(rows.items()):
-                shown = f"{_counted(path, n, 44):<{layer}}  {_fit(source, 40, keep_end=True)}"
-                lines.append(f"{'':11}{shown}".rstrip())
-                lines += _wrap(f"nearest: {_fit(nearest, 300)}", " " * 13, " " * 15) if nearest else []
-        return lines
+    def next_step(self) -> str:
+        """What to do now, in one sentence."""
+        missed = self.quantized - self.rewritten
+        if not self.decisions:
+            return "check that the model was called, and that torch.compile sees its matmuls"
+        if missed:
+            first = next(id for id, d in with_ids(self.decisions) if d.reason and d.reason not in UNQUANTIZED)
+            return f"{missed} quantized but kept: start with  lq why {_word(first)}"
+        if not self.rewritten:
+            return Reason.NOT_QUANTIZED.advice
+        rest = f"; without a quantized weight: {self.kept}" if self.kept else ""
+        found = predicted(self.decisions)
+        # Said where it matters: the weights are smaller, and the user may have hoped for speed.
+        slow = f"; that saves memory, not time, at M={found[0]}" if found is not None and found[1] < SLOW else ""
+        return f"nothing: every quantized weight is packed{rest}{slow}"
 
 
-def _with_ids(decisions: Iterable[Decision]) -> Iterator[tuple[str, Decision]]:
+class _Once:
+    """A list without repetitions."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._places: dict[str, int] = {}
+
+    def place(self, value: Any) -> int:
+        key = json.dumps(value, sort_keys=True, default=str)
+        if key not in self._places:
+            self._places[key] = len(self.values)
+            self.values.append(value)
+        return self._places[key]
+
+
+def with_ids(decisions: Iterable[Decision]) -> Iterator[tuple[str, Decision]]:
     """Each decision with its id: the module path, then path#2, path#3 where a path has several. Sorted."""
 
     def order(d: Decision) -> tuple[str, ...]:
-        w = d.where
-        return (w.path or TOP, w.file, f"{w.line:09}", w.op, str(sorted(map(str, d.problem.items()))), str(d))
+        w, rest = d.where, (d.outcome, d.format, d.reason, d.near_misses, d.pieces)
+        natural = re.sub(r"\d+", lambda digits: digits[0].zfill(6), w.path or TOP)
+        problem = str(sorted(map(str, d.problem.items())))
+        return (natural, w.path, w.file, f"{w.line:09}", w.op, problem, str(rest))
 
     taken: set[str] = set()
     for d in sorted(decisions, key=order):
@@ -187,11 +220,43 @@ def _with_ids(decisions: Iterable[Decision]) -> Iterator[tuple[str, Decision]]:
         yield id, d
 
 
-def _decision_json(id: str, d: Decision) -> dict[str, Any]:
+def predicted(decisions: Iterable[Decision]) -> tuple[int, float] | None:
+    """The least M of the rewritten matmuls and how many times faster they are then than on dense weights; or None."""
+    ours = theirs = 0.0
+    least = []
+    for d in decisions:
+        if d.dense is not None and d.pieces and math.isfinite(d.pieces[0].seconds):
+            m = d.pieces[0].low
+            ours += d.pieces[0].seconds
+            theirs += cost.sample(d.dense.seconds, [m])[0]
+            least.append(m)
+    return (min(least), theirs / ours) if least and ours > 0 else None
+
+
+def timed(d: Decision, device: Mapping[str, Any]) -> float | None:
+    """How many times faster than dense `lq bench` measured this problem on this device, at its least M; or None."""
+    if d.format is None or not d.pieces:
+        return None
+    asked = (d.problem.get("n"), d.problem.get("k"), d.pieces[0].low, d.format.spec, d.problem.get("x_dtype"))
+    return _timings(str(device.get("name"))).get((*asked, d.pieces[0].kernel))
+
+
+@functools.cache
+def _timings(device: str) -> dict[tuple[Any, ...], float]:
+    rows = (row for f in measured().values() if f.get("device", {}).get("name") == device for row in f["rows"])
+    return {
+        (r["n"], r["k"], r["m"], r["format"], r["x_dtype"], r["kernel"]): r["dense"] / r["median"]
+        for r in rows
+        if r["kind"] == "ours" and r["median"] and r["dense"]
+    }
+
+
+def _decision(id: str, d: Decision, device: Mapping[str, Any], structures: _Once, curves: _Once) -> dict[str, Any]:
     out: dict[str, Any] = {
         "id": id,
         "file": d.where.file,
         "line": d.where.line,
+        "code": d.where.code,
         "op": d.where.op,
         "outcome": d.outcome,
         "problem": dict(d.problem),
@@ -199,12 +264,17 @@ def _decision_json(id: str, d: Decision) -> dict[str, Any]:
     if d.format is not None:
         f = d.format
         out["format"] = {name: getattr(f, name) for name in ("form", "bits", "group", "zero", "scale_dtype")}
+        out["formula"] = str(f)
     if d.outcome == "rewritten":
         out |= {"rule": d.rule, "proof": d.proof, "layout": d.layout}
         out |= {"bytes_before": d.bytes_before, "bytes_after": d.bytes_after}
+        found = predicted([d])
+        out["predicted"] = None if found is None else {"m": found[0], "speedup": _short(found[1])}
+        faster = timed(d, device)
+        out["measured"] = None if faster is None else {"m": d.pieces[0].low, "speedup": _short(faster)}
         out["pieces"] = [
             {
-                "when": _range(p),
+                "when": when(p),
                 "low": p.low,
                 "high": p.high,
                 "kernel": p.kernel,
@@ -212,32 +282,47 @@ def _decision_json(id: str, d: Decision) -> dict[str, Any]:
             }
             for p in d.pieces
         ]
+        if d.candidates and d.dense is not None:
+            out["curve"] = curves.place(_curve(d))
     if d.reason is not None:
-        out |= {"reason": d.reason.name.lower(), "advice": d.reason.advice}
+        out |= {"reason": d.reason.name.lower(), "sentence": d.reason.sentence, "advice": advice(d)}
     out["near_misses"] = [{"rule": m.rule, "reason": m.reason.name.lower(), "at": m.at} for m in d.near_misses]
+    if d.before:
+        out["structure"] = structures.place({"before": _steps(d.before), "after": _steps(d.after)})
     return out
 
 
-def _pattern(path: str) -> str:
-    return re.sub(r"\b\d+\b", "*", path or TOP)
+def advice(d: Decision) -> str:
+    """What to change so that a kept matmul is rewritten."""
+    return d.advice or (d.reason.advice if d.reason else "please report this")
 
 
-def _counted(path: str, count: int, width: int) -> str:
-    return _fit(path, width) + (f" ({count})" if count > 1 else "")
+def _steps(steps: Iterable[Step]) -> list[dict[str, Any]]:
+    # What every step has, and what is not empty.
+    always = ("text", "value", "role")
+    return [{name: value for name, value in vars(s).items() if value or name in always} for s in steps]
 
 
-def _range(p: Piece) -> str:
+def _curve(d: Decision) -> dict[str, Any]:
+    assert d.dense is not None
+    every = [*d.candidates, d.dense]
+    lines = [{"name": c.kernel, "seconds": [_short(s) for s in cost.sample(c.seconds, CURVE)]} for c in every]
+    crossings = [p.low for p in cost.pieces(d.candidates, 1, None)[1:]]
+    return {"m": list(CURVE), "lines": lines, "light": _short(d.light), "crossings": crossings}
+
+
+def _short(value: float) -> float:
+    """Three digits: what a reader sees, and a page need not carry more."""
+    return float(f"{value:.3g}") if math.isfinite(value) else 0.0
+
+
+def when(p: Piece) -> str:
+    """A range of M in words."""
     if p.high is None:
         return f"M >= {p.low}" if p.low > 1 else "any M"
     if p.low == p.high:
         return f"M = {p.low}"
     return f"{p.low} <= M <= {p.high}" if p.low > 1 else f"M <= {p.high}"
-
-
-def _kernels(pieces: tuple[Piece, ...]) -> str:
-    if len(pieces) == 1:
-        return _fit(pieces[0].kernel, 30)
-    return ", ".join(f"{_fit(p.kernel, 30)} for {_range(p)}" for p in pieces)
 
 
 def size(count: int) -> str:
@@ -246,18 +331,8 @@ def size(count: int) -> str:
     return f"{count} B" if not power else f"{count / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
-def _fit(text: str, width: int, keep_end: bool = False) -> str:
-    """`text` in at most `width` printable characters, cut in the middle or, to keep its end, in front."""
-    # A long name is cut first, at a length that escaping cannot bring below `width`.
-    if len(text) > 4 * width:
-        text = text[-2 * width :] if keep_end else text[: 2 * width] + text[-2 * width :]
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    if len(text) <= width:
-        return text
-    front = 0 if keep_end else (width - 3) // 2
-    return f"{text[:front]}...{text[len(text) - (width - 3 - front) :]}"
+def _word(text: str) -> str:
+    """A name as a shell takes it, printable and short."""
+    from .table import fit
 
-
-def _wrap(text: str, first: str, rest: str) -> list[str]:
-    clean = _fit(text, 2000)
-    return textwrap.wrap(clean, WIDTH, initial_indent=first, subsequent_indent=rest) or [first.rstrip()]
+    return shlex.quote(fit(text, 60))

@@ -164,10 +164,36 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One operation near a matmul, by what it does and not by the name of its node: equal layers have equal steps.
+
+    text    the call, its tensor operands as %i; value: dtype and shape of the result
+    inputs  their places in the tuple that holds this step
+    role    "weight" (a parameter or buffer), "constant", "input", "packed", "matmul", "activation"
+    state   "understood", "stopped" (where recognition ended), or ""
+    source  file:line of the user's program; code: that line
+    gone    the lowered graph does not have it any more
+    """
+
+    text: str
+    value: str
+    inputs: tuple[int, ...]
+    role: str
+    state: str = ""
+    source: str = ""
+    code: str = ""
+    gone: bool = False
+
+
+@dataclass(frozen=True)
 class Decision:
     """What became of one matmul, and why.
 
     bytes_before  of the dense weight that the matmul read; bytes_after: of the packed one that it reads now
+    candidates    what was compared; dense: the same matmul on a dense weight, by the vendor
+    light         seconds in which the packed weight can be read once
+    advice        what to change, where that is known better than from the reason alone
+    before, after the operations around the matmul in the user's graph and in the lowered one
     """
 
     where: Where
@@ -182,3 +208,9 @@ class Decision:
     near_misses: tuple[NearMiss, ...] = ()
     bytes_before: int = 0
     bytes_after: int = 0
+    candidates: tuple[Candidate, ...] = ()
+    dense: Candidate | None = None
+    light: float = 0.0
+    advice: str = ""
+    before: tuple[Step, ...] = ()
+    after: tuple[Step, ...] = ()

@@ -103,7 +103,7 @@ class Constants:
     def __init__(self, graph: fx.Graph, values: Mapping[fx.Node, torch.Tensor]) -> None:
         self.values = values
         self._nodes = list(graph.nodes)
-        self._order = {node: i for i, node in enumerate(self._nodes)}
+        self.order = {node: i for i, node in enumerate(self._nodes)}
         self._writers: dict[int, list[fx.Node]] = defaultdict(list)
         for node in self._nodes:
             if node.op in ("call_function", "call_method"):
@@ -142,6 +142,11 @@ class Constants:
             return False
         return all(i in constant for i in node.all_input_nodes)
 
+    def writers(self, node: fx.Node) -> Sequence[fx.Node]:
+        """The nodes that write in place to the memory of a node."""
+        storage = storage_of(node)
+        return self._writers.get(storage, ()) if storage is not None else ()
+
     def mutated(self, node: fx.Node) -> bool:
         """Whether a node is a parameter or buffer that the graph writes to."""
         return node in self.values and storage_of(node) in self._tainted
@@ -161,16 +166,16 @@ class Constants:
 
     def slice(self, result: fx.Node, before: fx.Node) -> Slice:
         """The slice that computes `result` as node `before` reads it."""
-        limit, wanted, stack = self._order[before], {result}, [result]
+        limit, wanted, stack = self.order[before], {result}, [result]
         while stack:
             node = stack.pop()
             storage = storage_of(node)
             writers = self._writers.get(storage, ()) if storage is not None else ()
-            for source in (*node.all_input_nodes, *(w for w in writers if self._order[w] < limit)):
+            for source in (*node.all_input_nodes, *(w for w in writers if self.order[w] < limit)):
                 if source not in wanted:
                     wanted.add(source)
                     stack.append(source)
-        nodes = tuple(sorted(wanted, key=self._order.__getitem__))
+        nodes = tuple(sorted(wanted, key=self.order.__getitem__))
         return Slice(nodes, tuple(n for n in nodes if n in self.values), result)
 
     def check_versions(self, cut: Slice) -> None:
@@ -199,7 +204,19 @@ def _version_at_birth(node: fx.Node) -> int:
     return fresh._version if isinstance(fresh, torch.Tensor) else 0
 
 
-def run(cut: Slice, leaves: Sequence[torch.Tensor], module: torch.nn.Module) -> torch.Tensor:
+@dataclass
+class Trail:
+    """Which node of a slice is being evaluated, the first at which its algebra was `lost`, and the form it had then.
+
+    form  of `types.FORMS`: "table" where codes were looked up, else "affine"
+    """
+
+    node: str = ""
+    lost: str = ""
+    form: str = ""
+
+
+def run(cut: Slice, leaves: Sequence[torch.Tensor], module: torch.nn.Module, trail: Trail) -> torch.Tensor:
     """Evaluates a slice on tensors for its leaves. Raises Refused where an operation fails on them."""
     env: dict[fx.Node, Any] = dict(zip(cut.leaves, leaves, strict=True))
     interpreter = fx.Interpreter(module, garbage_collect_values=False, graph=cut.result.graph)
@@ -207,6 +224,7 @@ def run(cut: Slice, leaves: Sequence[torch.Tensor], module: torch.nn.Module) -> 
     for node in cut.nodes:
         if node in env:
             continue
+        trail.node = node.name
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
         try:
             env[node] = getattr(interpreter, node.op)(node.target, args, kwargs)

@@ -26,6 +26,7 @@ from ..errors import Reason, Refused
 from ..formats import UNIT_ROUNDOFF
 from . import algebra, rules
 from .algebra import Form
+from .constants import Trail
 from .rules import Operation
 
 FP8 = (
@@ -54,23 +55,32 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [n, k] evaluated: in eager's precision, exactly, and as algebra."""
+    """A weight [n, k] evaluated: in eager's precision, exactly, and as algebra.
+
+    lost, near  the node that ended the algebra, and the form that it had before; "" where nothing did
+    """
 
     native: Tensor
     shadow: Tensor
     form: Form
     lowbit: bool
     roundoff: float
+    lost: str = ""
+    near: str = ""
 
 
 def evaluate(
-    compute: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], probe: Tensor | None = None
-) -> list[Weight]:
-    """Runs `compute` on real `leaves`, and on `probe` (see `identity`) if there is one. Raises Refused."""
+    compute: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], probe: Tensor | None = None,
+    trail: Trail | None = None,
+) -> list[Weight]:  # fmt: skip
+    """Runs `compute` on real `leaves`, and on `probe` (see `identity`) if there is one. Raises Refused.
+
+    `trail` is what `compute` notes its way on.
+    """
     flat, rebuild = _flatten(leaves)
     # Aliases: what we note on a tensor must not be seen on the user's own object.
     flat = [t.detach() for t in flat]
-    mode, extra = _Evaluation(flat), [] if probe is None else [probe]
+    mode, extra = _Evaluation(flat, trail or Trail()), [] if probe is None else [probe]
 
     def functional(*inner: Tensor) -> list[Tensor]:
         return list(compute(*rebuild(inner), *inner[len(flat) :]))
@@ -79,7 +89,7 @@ def evaluate(
         try:
             results = torch.func.functionalize(functional, remove="mutations")(*flat, *extra)
         except RuntimeError as error:
-            raise Refused(Reason.UNSUPPORTED_OP, str(error)[:200]) from error
+            raise Refused(Reason.UNSUPPORTED_OP, f"{mode.trail.node}: {error}"[:200]) from error
     return [mode.weight(t) for t in results]
 
 
@@ -124,8 +134,9 @@ def identity(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _Evaluation(TorchDispatchMode):
-    def __init__(self, leaves: Sequence[Tensor]) -> None:
+    def __init__(self, leaves: Sequence[Tensor], trail: Trail) -> None:
         super().__init__()
+        self.trail = trail
         for leaf in leaves:
             low = not leaf.is_floating_point() or leaf.dtype in FP8
             leaf._lq_value = Value(*self._leaf(leaf), low)
@@ -144,7 +155,7 @@ class _Evaluation(TorchDispatchMode):
         """What is known of a result."""
         value = self._value(t)
         shadow = value.shadow if value.shadow is not None else t.to(torch.float64)
-        return Weight(t, shadow, self.form(t), value.lowbit, value.roundoff)
+        return Weight(t, shadow, self.form(t), value.lowbit, value.roundoff, self.trail.lost, self.trail.form)
 
     def form(self, x: Any) -> Form:
         """The form of an operand, tensor or number."""
@@ -174,9 +185,9 @@ class _Evaluation(TorchDispatchMode):
         if any(is_traceable_wrapper_subclass(t) for t in op.tensors):
             return NotImplemented
         if func._schema.is_mutable:
-            raise Refused(Reason.MUTATED, str(func))
+            raise Refused(Reason.MUTATED, f"{self.trail.node}: {func}")
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise Refused(Reason.UNSUPPORTED_OP, str(func))
+            raise Refused(Reason.UNSUPPORTED_OP, f"{self.trail.node}: {func}")
         if any(self._value(t).eye for t in op.tensors):
             return self._through(op)
         out = func(*op.args, **op.kwargs)
@@ -219,8 +230,16 @@ class _Evaluation(TorchDispatchMode):
                 form = self._combine(op, out, i if many else None, table)
                 if form is None or len(form.terms) > algebra.MAX_TERMS:
                     form = algebra.constant(shadow)
+                    self._lose(op)
             own = 0.0 if moves else UNIT_ROUNDOFF.get(out.dtype, 0.0)
             out._lq_value = Value(shadow, form, low, max(coarsest, own))
+
+    def _lose(self, op: Operation) -> None:
+        """Notes where the algebra ends, for whoever asks why."""
+        terms = [term for t in op.tensors for term in self.form(t).terms]
+        if terms and not self.trail.lost:
+            self.trail.lost = self.trail.node
+            self.trail.form = "table" if any(term.levels is not None for term in terms) else "affine"
 
     def _gathered(self, op: Operation) -> tuple[bool, tuple[Tensor, Tensor] | None]:
         """Whether a gather yields low-bit data, and its source as a table if it is one. An index makes no value."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ..config import Config
+from ..device import Device
 from ..errors import Reason, Refused, StrictError
 from ..types import Decision
 from .constants import Constants, fake_value
@@ -35,15 +36,19 @@ class Outcome:
     passes: list[tuple[str, float, int]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     analysed: int = 0
+    found: list[Match | Kept] = field(default_factory=list)
 
 
-def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Outcome:
-    """Runs the passes over Dynamo's graph and its real inputs. Never changes `module`; raises only in strict mode."""
+def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config, device: Device | None = None) -> Outcome:
+    """Runs the passes over Dynamo's graph and its real inputs. Never changes `module`; raises only in strict mode.
+
+    `device` is to be planned for in place of the one that the inputs are on: the lowered graph is then to be shown,
+    not to be run.
+    """
     outcome = Outcome()
-    found: list[Match | Kept] = []
     values = static_values(module, inputs)
     with _threads_for(values.values()):
-        _run(outcome, found, module, values, config)
+        _run(outcome, module, values, config, device)
     return outcome
 
 
@@ -62,16 +67,17 @@ def _threads_for(weights: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _run(
-    outcome: Outcome, found: list[Match | Kept], module: fx.GraphModule, values: dict[fx.Node, Tensor], config: Config
+    outcome: Outcome, module: fx.GraphModule, values: dict[fx.Node, Tensor], config: Config, device: Device | None
 ) -> None:
+    found = outcome.found
     try:
         constants = outcome.constants = Constants(module.graph, values)
         recogniser = Recogniser(module, constants, config.strict)
         found += _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
         outcome.analysed = recogniser.reader.analysed
-        plans, refused = _timed(outcome, "plan", lambda: _plan(found), lambda p: len(p[0]))
+        plans, refused = _timed(outcome, "plan", lambda: _plan(found, device), lambda p: len(p[0]))
         while plans and outcome.lowered is None:
-            _lower(outcome, module, constants, plans, refused, config.strict)
+            _lower(outcome, module, constants, plans, refused, config.strict, runs=device is None)
         by_node = {plan.match.anchor: plan for plan in plans}
         for item in found:
             node = item.anchor if isinstance(item, Match) else item.node
@@ -89,12 +95,13 @@ def _run(
 
 def _lower(
     outcome: Outcome, module: fx.GraphModule, constants: Constants, plans: list[Plan], refused: dict[fx.Node, Reason],
-    strict: bool,
+    strict: bool, runs: bool,
 ) -> None:  # fmt: skip
     """Lowers and verifies; a plan that is found broken is taken out, to be tried again without it."""
     lowered = _timed(outcome, "lower", lambda: lower(module, constants, plans), lambda _: len(plans))
     try:
-        _timed(outcome, "verify", lambda: verify(module, constants, plans, lowered), lambda _: 0)
+        if runs:
+            _timed(outcome, "verify", lambda: verify(module, constants, plans, lowered), lambda _: 0)
     except Broken as broken:
         if strict:
             raise
@@ -130,8 +137,8 @@ def _timed(outcome: Outcome, name: str, work: Callable[[], T], count: Callable[[
     return result
 
 
-def _plan(found: Sequence[Match | Kept]) -> tuple[list[Plan], dict[fx.Node, Reason]]:
-    planner, plans, refused = Planner(), [], {}
+def _plan(found: Sequence[Match | Kept], device: Device | None) -> tuple[list[Plan], dict[fx.Node, Reason]]:
+    planner, plans, refused = Planner(device), [], {}
     with torch.inference_mode(False), torch.no_grad():
         for match in found:
             if isinstance(match, Match):
@@ -161,5 +168,8 @@ def _decision(item: Match | Kept, plan: Plan | None, refused: Reason | None) -> 
         layout=plan.layout,
         pieces=plan.pieces,
         bytes_before=before,
-        bytes_after=sum(p.bytes for p in plan.packed),
+        bytes_after=plan.bytes,
+        candidates=plan.choice.candidates,
+        dense=plan.choice.dense,
+        light=plan.bytes / plan.device.bandwidth,
     )

@@ -68,14 +68,39 @@ class Plan:
     packed: tuple[Packed, ...]
     m: sympy.Expr
     m_range: tuple[int, int | None]
+    choice: Choice
+    device: Device
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the packed weights on the device that was planned for."""
+        if self.device.kind == fake_value(self.match.x).device.type:
+            return sum(p.bytes for p in self.packed)
+        parts = (p for w in self.match.recovered.weights for p in LAYOUTS[self.layout].pack(w, self.device.kind))
+        return sum(p.numel() * p.element_size() for p in parts)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layout for one problem, what was compared in it, and the same matmul on a dense weight."""
+
+    layout: str
+    pieces: tuple[Piece, ...]
+    candidates: tuple[Candidate, ...]
+    dense: Candidate
 
 
 class Planner:
-    """Plans the matches of one graph. Matmuls that share a weight share its packed copy."""
+    """Plans the matches of one graph for `device`, by default the one that they are on.
 
-    def __init__(self) -> None:
+    Matmuls that share a weight share its packed copy.
+    """
+
+    def __init__(self, device: Device | None = None) -> None:
+        self._device = device
         self._packed: dict[tuple[int, str], tuple[Packed, ...]] = {}
         self._kept: list[Recovered] = []
+        self._choices: dict[tuple[Any, ...], Choice] = {}
 
     def plan(self, match: Match) -> Plan:
         """The plan of a match. Raises Refused where no kernel accepts it."""
@@ -83,24 +108,31 @@ class Planner:
         m, m_range = _rows(match, x)
         first = match.recovered.weights[0]
         problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), first.n, first.k, first.format, match.dtype, x.device)
-        layout, route, found = _choose(problem, m_range)
+        device = self._device or Device.of(problem.device)
+        asked = (m_range, first.n, first.k, first.format, match.dtype, device)
+        if asked not in self._choices:
+            self._choices[asked] = _choose(problem, m_range, device)
+        choice = self._choices[asked]
+        layout = choice.layout
         # By identity, kept alive here: equal weights of two layers are two packs.
         key = (id(match.recovered), layout)
         if key not in self._packed:
             self._packed[key] = tuple(_pack(w, layout) for w in match.recovered.weights)
             self._kept.append(match.recovered)
-        return Plan(match, layout, route, found, self._packed[key], m, m_range)
+        packed, route = self._packed[key], _route(choice.pieces)
+        return Plan(match, layout, route, choice.pieces, packed, m, m_range, choice, device)
 
 
 def _pack(w: QWeight, layout: str) -> Packed:
     return Packed(layout, w.format, w.n, w.k, LAYOUTS[layout].pack(w), w.perm)
 
 
-def _choose(problem: Problem, m_range: tuple[int, int | None]) -> tuple[str, str, tuple[Piece, ...]]:
-    device, low, high = Device.of(problem.device), m_range[0], m_range[1]
+def _choose(problem: Problem, m_range: tuple[int, int | None], device: Device) -> Choice:
+    low, high = m_range
     m = sympy.Symbol("m", positive=True, integer=True)
     priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
-    best: tuple[float, str, str, tuple[Piece, ...]] | None = None
+    best: tuple[float, Choice] | None = None
+    dense = Candidate("dense weight", "", cost.dense(priced, device))
     for name, layout in LAYOUTS.items():
         if problem.format.form not in layout.forms:
             continue
@@ -109,17 +141,17 @@ def _choose(problem: Problem, m_range: tuple[int, int | None]) -> tuple[str, str
             Candidate(kernel.name, name, kernel.seconds(priced, name, device))
             for kernel in registry.discover().values()
             if name in kernel.layouts
-            and problem.device.type in kernel.devices
-            and kernel.accepts(call, problem.x_dtype, problem.device.type) is None
+            and device.kind in kernel.devices
+            and kernel.accepts(call, problem.x_dtype, device.kind) is None
         ]
         if candidates:
             found = cost.pieces(candidates, low, high)
             seconds = cost.total(found, candidates, low, high)
             if best is None or seconds < best[0]:
-                best = (seconds, name, _route(found), found)
+                best = (seconds, Choice(name, found, tuple(candidates), dense))
     if best is None:
-        raise Refused(Reason.NO_KERNEL, f"{problem.format} on {problem.device.type}")
-    return best[1:]
+        raise Refused(Reason.NO_KERNEL, f"{problem.format} on {device.kind}")
+    return best[1]
 
 
 def _route(found: Sequence[Piece]) -> str:

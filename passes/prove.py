@@ -81,12 +81,18 @@ class Reader:
             else:
                 self._rules[key] = name
                 return name, qweight, proof
-        # The most telling refusal: one about groups or a proof says more than "too many levels".
-        nearest = next((r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS), refusals[-1])
+        # The most telling refusal: one about groups or a proof says more than "too many levels", and that more than
+        # that there is no such thing to read.
+        telling = [r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS or " " in r[1].at]
+        telling.sort(key=lambda r: r[1].reason == Reason.TOO_MANY_LEVELS)
+        nearest = telling[0] if telling else refusals[-1]
         if refusals[-1][1].reason == Reason.TOO_MANY_LEVELS:
             self._hopeless.add(key)
-        misses.append(NearMiss(nearest[0], nearest[1].reason, nearest[1].at))
-        raise nearest[1]
+        # Where the algebra ended says more than what an idiom found missing.
+        lost = weight.lost if nearest[1].reason == Reason.TOO_MANY_LEVELS else ""
+        refused = Refused(nearest[1].reason, lost or nearest[1].at)
+        misses.append(NearMiss(weight.near if lost else nearest[0], refused.reason, refused.at))
+        raise refused from nearest[1]
 
 
 def prove(qweight: QWeight, weight: Weight) -> str:

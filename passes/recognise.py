@@ -18,7 +18,7 @@ from ..errors import Reason, Refused
 from ..kernels.registry import X_DTYPES
 from ..types import NearMiss, Where
 from .canonicalize import Contraction, Roles, contraction, roles
-from .constants import Constants, Slice, fake_value, run, target_name
+from .constants import Constants, Slice, Trail, fake_value, run, target_name
 from .evaluate import FP8, evaluate, identity
 from .prove import Reader, Recovered
 
@@ -133,7 +133,7 @@ class Recogniser:
         """Why neither operand is constant."""
         verdict = Refused(Reason.INPUT_WEIGHT, c.node.name)
         for operand in (c.a, c.b):
-            near = self.constants.computed_from(operand, lambda n: _ACTIVATION.search(str(n.target)) is not None)
+            near = self.constants.computed_from(operand, lambda n: ACTIVATION.search(str(n.target)) is not None)
             if any(self.constants.mutated(n) for n in near):
                 return Refused(Reason.MUTATED, operand.name)
             size = fake_value(operand).numel()
@@ -146,6 +146,8 @@ class Recogniser:
                     return Refused(Reason.SCALE_FROM_INPUT, operand.name)
                 if leaf not in self.constants and t.dtype != torch.int64:
                     verdict = Refused(Reason.FREE_TENSOR, leaf.name)
+        if verdict.reason is Reason.INPUT_WEIGHT and any(_resumed(n, c) for n in (c.a, c.b)):
+            verdict = Refused(Reason.GRAPH_BREAK, c.node.name)
         return verdict
 
     def _scalings(
@@ -197,12 +199,14 @@ class Recogniser:
         known = (key, nodes, (c.node.target, fake_value(x).dtype) if through else None)
         seen = self._seen.get(known)
         if seen is None:
-            compute, reader = self._computation(c, r, w, cut, scalings), self.reader
+            trail = Trail()
+            compute, reader = self._computation(c, r, w, cut, scalings, trail), self.reader
             width, x_dtype = _size(dict(zip(r.w_labels, fake_value(w).shape, strict=True)), r.k), fake_value(x).dtype
 
             def recover(sources: Sequence[Tensor]) -> Recovered:
                 probe = identity(width, x_dtype, sources[0].device) if through else None
-                return reader.read(evaluate(compute, sources, probe), sources, key, misses, recover)
+                trail.lost = trail.form = ""
+                return reader.read(evaluate(compute, sources, probe, trail), sources, key, misses, recover)
 
             try:
                 seen = recover([self.constants.values[n] for n in nodes])
@@ -214,8 +218,9 @@ class Recogniser:
         return seen
 
     def _computation(
-        self, c: Contraction, r: Roles, w: fx.Node, cut: Slice, scalings: list[tuple[Slice, bool]]
-    ) -> Callable[..., list[Tensor]]:
+        self, c: Contraction, r: Roles, w: fx.Node, cut: Slice, scalings: list[tuple[Slice, bool]],
+        trail: Trail,
+    ) -> Callable[..., list[Tensor]]:  # fmt: skip
         """What gives the weights [n, k], one for each place of the batch, from the leaves (and the identity)."""
         module, through = self.module, is_traceable_wrapper_subclass(fake_value(w))
         name = target_name(c.node)
@@ -229,7 +234,7 @@ class Recogniser:
 
         def compute(*leaves: Tensor) -> list[Tensor]:
             taken = len(cut.leaves)
-            weight = run(cut, leaves[:taken], module)
+            weight = run(cut, leaves[:taken], module, trail)
             if through:
                 # A subclass multiplies as it likes: what it makes of the identity matrix is its weight, transposed.
                 weight = (F.linear(leaves[-1], weight) if name == "linear" else torch.matmul(leaves[-1], weight)).t()
@@ -238,7 +243,7 @@ class Recogniser:
                 weight = weight.permute(order)
             weight = weight.reshape(shape)
             for scaling, divides in scalings:
-                factor = run(scaling, leaves[taken : taken + len(scaling.leaves)], module).reshape(-1, 1)
+                factor = run(scaling, leaves[taken : taken + len(scaling.leaves)], module, trail).reshape(-1, 1)
                 taken += len(scaling.leaves)
                 weight = weight / factor if divides else weight * factor
             return [weight.select(0, i) for i in range(shape[0])]
@@ -260,6 +265,18 @@ def _is_packed(t: Any) -> bool:
     return isinstance(t, Tensor) and t.ndim >= 2 and t.dtype in LOW_BIT and t.dtype not in (torch.int64, torch.bool)
 
 
+def _resumed(operand: fx.Node, c: Contraction) -> bool:
+    """Whether a matmul after a graph break reads a matrix that was handed over as it is, in the place of a weight."""
+    if "torch_dynamo_resume_in_" not in (c.node.meta.get("stack_trace") or ""):
+        return False
+    if target_name(c.node) == "linear" and operand is not c.b:
+        return False
+    while operand.op == "call_method" and operand.target in ("t", "transpose", "to", "contiguous", "float", "half"):
+        operand = operand.all_input_nodes[0]
+    t = fake_value(operand)
+    return operand.op == "placeholder" and isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point()
+
+
 def _size(sizes: dict[str, Any], labels: Sequence[str]) -> int:
     total = 1
     for label in labels:
@@ -278,7 +295,7 @@ def _may_be_low_bit(cut: Slice, values: Sequence[Tensor]) -> bool:
 
 
 # What makes an activation rather than a weight: nothing is dequantized across it.
-_ACTIVATION = re.compile(r"linear|matmul|mm\b|einsum|conv|attention")
+ACTIVATION = re.compile(r"linear|matmul|mm\b|einsum|conv|attention")
 
 
 # The forward of our own quantized layer tells a user less than the line that called it.
@@ -295,7 +312,16 @@ def where(node: fx.Node) -> Where:
     own = [entry for entry in lines if "/torch/nn/modules/" not in entry[0] and entry[0] != _OWN_MODULE] or lines
     file, line, code = own[-1] if own else ("", "0", "")
     op = target_name(node) or str(node.target)
-    return Where(path or node.name, file, int(line), code.strip(), op)
+    return Where(path or _unit(node, stack) or node.name, file, int(line), code.strip(), op)
+
+
+def _unit(node: fx.Node, stack: dict[str, Any]) -> str:
+    """The class or the function that a node stands in: what names it where the model itself is the only module."""
+    if stack:
+        kind = list(stack.values())[-1][1]
+        return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+    names = re.findall(r'File "[^"]+", line \d+, in ([^\n]+)', node.meta.get("stack_trace") or "")
+    return re.sub(r"^torch_dynamo_resume_in_|_at_\d+$", "", names[-1]) if names else ""
 
 
 def _inside(module: fx.GraphModule, node: fx.Node) -> list[Kept]:

@@ -1,4 +1,4 @@
-"""What README's table of measurements states, measured again: `python -m tests.measure compile|freshness`.
+"""What README's table of measurements states, measured again: `python -m tests.measure compile|explain|freshness`.
 
 Every figure is a ratio, or a difference, within one run: candidates take turns, medians are printed.
 """
@@ -19,6 +19,7 @@ from torch import nn
 
 from lqcompile import backend
 from lqcompile.passes import pipeline
+from lqcompile.report import Report
 from tests.models import Dequant
 
 DIM, HIDDEN, BLOCKS = 256, 512, 8
@@ -40,7 +41,10 @@ class Block(nn.Module):
 
 
 def one_compile(name: str) -> None:
-    """Compiles the 56-linear model once in this process and prints the seconds, those of our passes, and cache hits."""
+    """Compiles the 56-linear model once in this process.
+
+    Prints the seconds, those of our passes, those of the report (with LQ_EXPLAIN=1), and cache hits.
+    """
     from torch._dynamo.utils import counters
 
     model, x = nn.Sequential(*(Block(i) for i in range(BLOCKS))).eval(), torch.randn(1, 16, DIM)
@@ -55,18 +59,31 @@ def one_compile(name: str) -> None:
         rewritten.append(sum(d.outcome == "rewritten" for d in outcome.decisions))
         return outcome
 
-    pipeline.run = timed
+    told: list[float] = []
+    report_of, text = backend.report_of, Report.text
+
+    def clocked(function):
+        def measured(*args):
+            start = time.perf_counter()
+            result = function(*args)
+            told.append(time.perf_counter() - start)
+            return result
+
+        return measured
+
+    pipeline.run, backend.report_of, Report.text = timed, clocked(report_of), clocked(text)
     with torch.no_grad():
         # Imports and the first use of the compiler are not what is compared.
         torch.compile(nn.Linear(4, 4), backend=name)(torch.randn(2, 4))
         spent.clear()
+        told.clear()
         counters.clear()
         start = time.perf_counter()
         torch.compile(model, backend=name)(x)
         seconds = time.perf_counter() - start
     assert name != "lq" or rewritten[-1] == 7 * BLOCKS, rewritten
     hits = (counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"])
-    print(seconds, sum(spent), *hits)
+    print(seconds, sum(spent), sum(told), *hits)
 
 
 def compile_time(repeats: int) -> None:
@@ -76,20 +93,36 @@ def compile_time(repeats: int) -> None:
         for name in ("inductor", "lq"):
             with tempfile.TemporaryDirectory() as cache:
                 for state in ("cold", "warm"):
-                    out = subprocess.run(
-                        [sys.executable, "-m", "tests.measure", "one", "--backend", name],
-                        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-                        capture_output=True,
-                        text=True,
-                        check=True,
-                    )
-                    row = [float(v) for v in out.stdout.split()[-4:]]
+                    row = _one(name, cache)
                     found.setdefault((state, name), []).append(row)
                     print(state, name, *(f"{v:.2f}" for v in row), flush=True)
     for state in ("cold", "warm"):
         lq, inductor = (statistics.median(r[0] for r in found[state, name]) for name in ("lq", "inductor"))
         rewrite = statistics.median(r[1] for r in found[state, "lq"])
         print(f"{state}: lq {lq:.2f} s, inductor {inductor:.2f} s, ratio {lq / inductor:.2f}; rewrite {rewrite:.2f} s")
+
+
+def _one(name: str, cache: str, **environment: str) -> list[float]:
+    """What `one` prints in a new process."""
+    out = subprocess.run(
+        [sys.executable, "-m", "tests.measure", "one", "--backend", name],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [float(v) for v in out.stdout.split()[-5:]]
+
+
+def explaining(repeats: int) -> None:
+    """What LQ_EXPLAIN=1 adds to a compile, cold and warm: the share of its seconds that the report takes."""
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as cache:
+            for state in ("cold", "warm"):
+                seconds, _, told, *_ = _one("lq", cache, LQ_EXPLAIN="1")
+                print(
+                    f"{state}: compile {seconds:.2f} s, report {told:.3f} s, {100 * told / seconds:.1f} %", flush=True
+                )
 
 
 def freshness(repeats: int) -> None:
@@ -129,7 +162,7 @@ def freshness(repeats: int) -> None:
 def main() -> None:
     """Parses the command line and runs one measurement."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__)
-    parser.add_argument("what", choices=("compile", "freshness", "one"))
+    parser.add_argument("what", choices=("compile", "explain", "freshness", "one"))
     parser.add_argument("--backend", default="lq")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
@@ -137,6 +170,8 @@ def main() -> None:
         one_compile(given.backend)
     elif given.what == "compile":
         compile_time(given.repeats)
+    elif given.what == "explain":
+        explaining(given.repeats)
     else:
         freshness(given.repeats)
 

@@ -3,8 +3,10 @@
 import builtins
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,7 +119,11 @@ def test_demo_table_says_what_was_not_timed():
 def test_a_bug_of_ours_says_where_to_report_it(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "kernel_table", lambda: 1 / 0)
     assert cli.main(["kernels"]) == cli.Exit.BUG
-    assert "lq doctor" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "lq doctor" in err and "Traceback" not in err
+    bundle = Path(re.search(r"with (\S+) and", err)[1])
+    assert "Traceback" in bundle.read_text() and "lq kernels" in bundle.read_text()
+    bundle.unlink()
 
 
 def test_demo_rewrites_and_proves_every_linear_of_minilm(tmp_path, capsys):

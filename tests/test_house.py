@@ -20,6 +20,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 ORDER = "errors types config formats device cache cost kernels passes report backend cli"
 LEVEL = {name: i for i, name in enumerate(ORDER.split(" "))}
 BESIDE = {"quantize": "formats", "freshness": "backend", "demo": "cli", "doctor": "cli"}
+BESIDE |= {name: "report" for name in ("table", "viewer", "why")}
+BESIDE |= {name: "cli" for name in ("terminal", "target", "inspection")}
 BESIDE |= {name: "cli" for name in ("bench", "trial", "timing", "results", "neighbours")}
 LEVEL |= {name: LEVEL[beside] for name, beside in BESIDE.items()}
 

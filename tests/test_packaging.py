@@ -79,7 +79,10 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"lqcompile"}
     for room, below in (("lqcompile", ""), ("kernels", "kernels/"), ("passes", "passes/")):
         for path in (ROOT / room).rglob("*"):
-            if path.suffix in {".py", ".cu", ".cuh", ".cpp", ".c"} or path.name == "py.typed":
+            if (
+                path.suffix in {".py", ".cu", ".cuh", ".cpp", ".c", ".json", ".html", ".css", ".js"}
+                or path.name == "py.typed"
+            ):
                 assert f"lqcompile/{below}{path.relative_to(ROOT / room).as_posix()}" in names
     assert {"lqcompile/kernels/a.cu", "lqcompile/kernels/a.cuh", "lqcompile/kernels/a.cpp"} <= names
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lqcompile.errors import Reason
-from lqcompile.report import WIDTH, PassRecord, Report
+from lqcompile.report import PassRecord, Report
+from lqcompile.table import WIDTH
 from lqcompile.types import Decision, Format, NearMiss, Piece, Where
 
 INT4 = Format("affine", 4, 128, "int", "float16")
@@ -41,11 +42,14 @@ def sample():
 def test_the_verdict_comes_first_and_layers_are_grouped():
     lines = [line for line in str(sample()).splitlines() if line]
     words = [" ".join(line.split()) for line in lines]
-    assert words[1:4] == [
+    assert words[1:3] == [
         "3 of 6 matmuls rewritten weights 3.0 MB -> 450.0 kB",
-        "layer format kernel",
-        "layers.*.up (3) int4 g128 zero lut for M <= 22, quick for 23 <= M <= 911, dense for M >= 912",
+        "what to do: 1 quantized but kept: start with lq why head",
     ]
+    table = " ".join(words[3:6])
+    assert table.startswith("layer format weights predicted kernel")
+    assert "layers.*.up (3) int4 g128 zero 3.0 MB -> 450.0 kB" in table
+    assert "lut for M <= 22, quick for 23 <= M <= 911, dense for M >= 912" in " ".join(words)
 
 
 def test_every_kept_matmul_has_its_sentence_source_and_advice():
@@ -78,6 +82,7 @@ def test_json_has_the_fields_of_schema_1():
         "kept": 3,
         "bytes_before": 3_000_000,
         "bytes_after": 450_000,
+        "predicted_speedup": None,
     }
     head, up = out["decisions"][0], out["decisions"][-1]
     assert head["id"] == "head" and head["reason"] == "scale_from_input"

@@ -27,9 +27,9 @@ def read(weight: Weight) -> QWeight:
     for term in terms:
         low, high = int(term.codes.min()), int(term.codes.max())
         if low == high or not bool(((term.codes == low) | (term.codes == high)).all()):
-            raise Refused(Reason.TOO_MANY_LEVELS, "a plane with more than two values")
+            raise Refused(Reason.TOO_MANY_LEVELS, "planes")
         if len(terms) == 1 and (low, high) != (-1, 1):
-            raise Refused(Reason.TOO_MANY_LEVELS, "one plane that is no sign")
+            raise Refused(Reason.TOO_MANY_LEVELS, "planes")
         alphas.append(term.coef * ((high - low) / 2))
         offset = offset + term.coef * ((high + low) / 2)
         planes.append((term.codes == high).expand(n, k))

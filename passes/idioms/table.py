@@ -22,7 +22,7 @@ def read(weight: Weight) -> QWeight:
     n, k = weight.shadow.shape
     form = weight.form
     if len(form.terms) != 1 or form.terms[0].levels is None or bool((form.offset != 0).any()):
-        raise Refused(Reason.TOO_MANY_LEVELS, "no single table")
+        raise Refused(Reason.TOO_MANY_LEVELS, "table")
     term = form.terms[0]
     assert term.levels is not None
     bits = max(1, (term.levels.numel() - 1).bit_length())
