@@ -231,6 +231,9 @@ def kernel_table() -> str:
     return "\n".join([*lines, "", *(f"{name}: {kernel.summary}" for name, kernel in kernels)])
 
 
+SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
 def format_table() -> str:
     """Formats x kernels as a Markdown table: on which devices, for which dtypes of x, each kernel takes a format."""
     kernels = sorted(registry.discover().items())
@@ -247,7 +250,7 @@ def format_table() -> str:
 def _cell(kernel: registry.Kernel, form: str, bits: int) -> str:
     found: dict[str, list[str]] = {}
     for device in kernel.devices:
-        names = [str(t).removeprefix("torch.") for t in registry.X_DTYPES if _accepts(kernel, form, bits, t, device)]
+        names = [SHORT[t] for t in registry.X_DTYPES if _accepts(kernel, form, bits, t, device)]
         if names:
             found.setdefault(", ".join(names), []).append(device)
     return "; ".join(f"{', '.join(devices)}: {dtypes}" for dtypes, devices in found.items()) or "-"
