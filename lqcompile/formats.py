@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -97,6 +98,14 @@ def _expect(
         raise ArgumentError(f"{name}.dtype", t.dtype, " | ".join(map(str, dtypes)))
     if t.device != device:
         raise ArgumentError(f"{name}.device", t.device, f"{device}, where the codes are")
+
+
+def rows(w: QWeight, which: slice | torch.Tensor) -> QWeight:
+    """Some rows of a weight; a slice shares its memory."""
+    held = {name: getattr(w, name)[which] for name in ("codes", *GROUPED) if getattr(w, name) is not None}
+    if w.table is not None and w.table.ndim > 1:
+        held["table"] = w.table[which]
+    return dataclasses.replace(w, n=held["codes"].shape[0], **held)
 
 
 def dequantize(w: QWeight, dtype: torch.dtype = torch.float64) -> torch.Tensor:

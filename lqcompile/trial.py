@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .formats import GROUPED, bound, code_range, dequantize
+from .formats import bound, code_range, dequantize
+from .formats import rows as rows_of
 from .kernels.registry import Call, Kernel
 from .neighbours import Held, Neighbour
 from .timing import Run
@@ -106,9 +106,7 @@ def truth_of(weight: QWeight, x: Tensor, bias: Tensor | None) -> Truth:
     """The truth of a quantized weight, by its meaning and not as it was packed."""
 
     def dense(rows: Tensor) -> Tensor:
-        parts = {name: getattr(weight, name) for name in GROUPED if getattr(weight, name) is not None}
-        taken = {name: part[rows] for name, part in parts.items()}
-        return dequantize(dataclasses.replace(weight, n=len(rows), codes=weight.codes[rows], **taken))
+        return dequantize(rows_of(weight, rows))
 
     return Truth(dense, weight.n, x, bias)
 
