@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -176,6 +177,10 @@ class Layout:
             dtype = torch.float32 if name == "zero" and format.zero == "float" else dtype
             out.append((order.grouped_shape(n, groups, format.group, (format.bits,) if name == "alpha" else ()), dtype))
         return out
+
+    def packed_bytes(self, format: Format, n: int, k: int, device: str) -> int:
+        """Bytes of all parts but the table."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes(format, n, k, device))
 
     def pack(self, w: QWeight, device: str | None = None) -> list[torch.Tensor]:
         """The parts of `w`. Scales are stored as format.scale_dtype, tables as float32. Raises ArgumentError.

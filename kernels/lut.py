@@ -16,15 +16,13 @@ from ..types import Format, Problem, Rounding
 from . import build, dense, stream
 from .layout import LUT
 from .registry import Call, Kernel, register
-from .stream import groups_of, packed_bytes
+from .stream import groups_of
 
-FORMS = {"affine": 0, "binary": 1, "table": 2}
 BITS, BYTES, HALVES = 0, 1, 2
-# Rows of x that one launch takes at most; its specialisations are for 1, 2, 4 and 8.
-MOST_ROWS = 8
+# Rows of x of the specialisations of lut.cu, and by a number of rows which of them takes it.
 ROWS = {"affine": (1, 2, 4, 8), "binary": (1, 2, 4, 8), "table": (2, 4, 8)}
-# Which of them takes so many rows.
-_ROWS = {form: [next(r for r in rows if r >= m) for m in range(MOST_ROWS + 1)] for form, rows in ROWS.items()}
+SIZES = {form: stream.sizes_of(rows) for form, rows in ROWS.items()}
+WITHOUT_BITS = {form: stream.sizes_of([r for r in rows if r > 1]) for form, rows in ROWS.items()}
 
 
 class Shape(stream.Shape):
@@ -42,7 +40,13 @@ class Shape(stream.Shape):
 
     @property
     def defines(self) -> build.Defines:
-        return (("LQ_FORM", FORMS[self.format.form]), ("LQ_MODE", self.mode), *super().defines)
+        return (("LQ_FORM", stream.FORMS[self.format.form]), ("LQ_MODE", self.mode), *super().defines)
+
+    @staticmethod
+    def warps_of(format: Format, rows: int, groups: int) -> int:
+        if rows == 4 and format.form != "table":
+            return 16 if groups <= 1 and format.bits <= 4 else 8
+        return 16 if groups < 4 and format.bits * max(groups, 1) <= (8 if rows == 8 else 12) else 8
 
     @property
     def columns(self) -> int:
@@ -66,20 +70,6 @@ class Shape(stream.Shape):
         return (1200, 800, 800)[self.mode]
 
 
-def warps_of(format: Format, rows: int, groups: int) -> int:
-    """Warps of a thread block: 16 where their registers allow it without spilling (ptxas -v over all variants)."""
-    if rows == 4 and format.form != "table":
-        return 16 if groups <= 1 and format.bits <= 4 else 8
-    return 16 if groups < 4 and format.bits * max(groups, 1) <= (8 if rows == 8 else 12) else 8
-
-
-@functools.lru_cache(maxsize=4096)
-def launcher(call: Call, x_dtype: torch.dtype, rows: int, device_index: int) -> stream.Launcher | None:
-    """What runs `rows` rows of a call; None where x does not fit in shared memory."""
-    warps = warps_of(call.format, rows, groups_of(call.format, call.k) or 0)
-    return stream.launcher(Shape, call, x_dtype, rows, warps, device_index)
-
-
 @functools.cache
 def _multiplies_bits(device_index: int) -> bool:
     """Whether tensor cores take single bits; from Blackwell on the compiler writes out a long emulation."""
@@ -87,36 +77,19 @@ def _multiplies_bits(device_index: int) -> bool:
 
 
 def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
-    index = x.device.index
-    if call.format.form == "table" and parts[-1].ndim > 1:
+    form = call.format.form
+    if form == "table" and parts[-1].ndim > 1:
         # A look-up needs the whole table in shared memory, for every lane.
         return dense.run(x, parts, bias, call, out)
-    addresses, queue = stream.pointers(parts, call), torch._C._cuda_getCurrentRawStream(index)
-    at, m, b = 0, x.shape[0], 0 if bias is None else bias.data_ptr()
-    while at < m:
-        left = min(m - at, MOST_ROWS)
-        rows = _ROWS[call.format.form][left]
-        if rows == 1 and not _multiplies_bits(index):
-            rows = 2
-        run = launcher(call, x.dtype, rows, index)
-        while run is None and rows > ROWS[call.format.form][0]:
-            rows //= 2
-            run = launcher(call, x.dtype, rows, index)
-        if run is None:
-            return dense.run(x[at:], parts, bias, call, out[at:])
-        end = at + min(left, rows)
-        whole = at == 0 and end == m
-        run(x if whole else x[at:end], addresses, b, out if whole else out[at:end], queue)
-        at = end
+    sizes = SIZES if _multiplies_bits(x.device.index) else WITHOUT_BITS
+    stream.run(Shape, sizes[form], ROWS[form][0], x, parts, bias, call, out)
 
 
 def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
-    f = call.format
-    if x_dtype not in (torch.float16, torch.bfloat16):
-        return "x of float16 | bfloat16"
-    if groups_of(f, call.k) is None:
-        return "groups of 32, 64, a multiple of 128, or all of k"
-    if f.form == "table" and f.bits > 4:
+    refused = stream.refusal(call, x_dtype)
+    if refused is not None:
+        return refused
+    if call.format.form == "table" and call.format.bits > 4:
         return "tables of at most 4 bits"
     if not build.has_nvrtc():
         return "a machine with NVRTC"
@@ -137,12 +110,7 @@ LOOKUPS = ((2, 4.6e-6, 1.39), (4, 4.6e-6, 1.51), (8, 3.1e-6, 2.51))
 
 
 def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
-    f, m = problem.format, problem.m
-    read = packed_bytes("lut", f, problem.n, problem.k) / device.bandwidth
-    costs = LOOKUPS if f.form == "table" else SUMS
-    launches = sympy.ceiling(m / MOST_ROWS)
-    pieces = [(device.launch + start + read * times, m <= most) for most, start, times in costs]
-    return sympy.Piecewise(*pieces, (launches * pieces[-1][0], True))
+    return stream.seconds(LOOKUPS if problem.format.form == "table" else SUMS, problem, layout, device)
 
 
 register(
@@ -170,7 +138,7 @@ dense.FAST["lut", "cuda"] = dequantize
 def dense_defines(f: Format, dtype: torch.dtype) -> build.Defines:
     """The specialisation of lut_dense.cu for a format and an output dtype."""
     nibbles = int(LUT.widths(f, "cuda") == (4,) and f.form == "table")
-    return (("LQ_FORM", FORMS[f.form]), ("LQ_NIBBLES", nibbles), *stream.dense_defines(f, dtype))
+    return (("LQ_NIBBLES", nibbles), *stream.dense_defines(f, dtype))
 
 
 def _variants() -> Iterator[tuple[str, str, build.Defines]]:
@@ -187,7 +155,7 @@ def _variants() -> Iterator[tuple[str, str, build.Defines]]:
     for f, x_dtype in formats:
         for rows in ROWS[f.form]:
             groups = groups_of(f, 1024) or 0
-            shape = Shape(f, x_dtype, rows, groups, warps_of(f, rows, groups), 2)
+            shape = Shape(f, x_dtype, rows, groups, Shape.warps_of(f, rows, groups), 2)
             yield "lut.cu", "lut_gemm", shape.defines
         yield "lut_dense.cu", "lut_dense", dense_defines(f, x_dtype)
 

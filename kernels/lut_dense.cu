@@ -88,11 +88,7 @@ lut_dense(Bytes planes, const void* scale, const void* zero, const float* table,
         for (int j = 0; j < 4; j++) {
             const int input = block * 128 + j * 32 + t * 8;
             const u16* v = &rows[warp][g * PITCH + j * 32 + t * 8];
-            if (from >= n) continue;
-            if (k % 8 == 0 && input < k) *(uint4*)(out + (u64)from * k + input) = *(const uint4*)v;
-            else
-                for (int e = 0; e < 8; e++)
-                    if (input + e < k) out[(u64)from * k + input + e] = v[e];
+            if (from < n) store_eight(out + (u64)from * k, v, input, k);
         }
         __syncwarp();
         // The next eight rows' codes take the place of these.

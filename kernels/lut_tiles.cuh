@@ -10,7 +10,7 @@ __device__ __forceinline__ u32 code_pair(u32 pairs, u32 word, int r) {
 
 // The factors of plane p of a binary weight in group s.
 __device__ __forceinline__ void load_alpha(float (&alpha)[4], u32 stage, int s, int p, int g) {
-    load_four<SCALE>(alpha, stage + COEF_AT + s * COEF_ROW + p * 32 * COEF_SIZE + g * 4 * COEF_SIZE);
+    load_numbers<SCALE>(alpha, stage + COEF_AT + s * COEF_ROW + p * 32 * COEF_SIZE + g * 4 * COEF_SIZE);
 }
 
 // One group's products made sums: `total` less the zero (or more the offset) times `ones`, the product of x with nothing
@@ -19,11 +19,11 @@ template <int N, int R>
 __device__ __forceinline__ void add_group(float (&sum)[N][4], const float (&total)[N][4], const float (&ones)[N][R], const float (&units)[N][R],
                                           u32 stage, int s, int g) {
     float factor[4] = {1.f, 1.f, 1.f, 1.f}, rest[4] = {};
-    if constexpr (FORM != BINARY) load_four<SCALE>(factor, stage + COEF_AT + s * COEF_ROW + g * 4 * COEF_SIZE);
+    if constexpr (FORM != BINARY) load_numbers<SCALE>(factor, stage + COEF_AT + s * COEF_ROW + g * 4 * COEF_SIZE);
     if constexpr (FORM == AFFINE && ZERO == 0) {
         rest[0] = rest[1] = rest[2] = rest[3] = 1 << (Q - 1);
     } else if constexpr (ZERO != 0) {
-        load_four<FORM == BINARY ? SCALE : ZERO == 1 ? INT16 : FLOAT>(rest, stage + ZERO_AT + s * ZERO_ROW + g * 4 * ZERO_SIZE);
+        load_numbers<FORM == BINARY ? SCALE : ZERO == 1 ? INT16 : FLOAT>(rest, stage + ZERO_AT + s * ZERO_ROW + g * 4 * ZERO_SIZE);
     }
     constexpr float SIGN = FORM != BINARY ? -1.f : MODE == HALVES ? 0.5f : 1.f;
 #pragma unroll
@@ -163,8 +163,8 @@ __device__ __forceinline__ void tile_halves(float (&sum)[N][4], u32 stage, u32 x
             for (int u = 0; u < 4; u++)
 #pragma unroll
                 for (int r = 0; r < 4; r += 2)
-                    mma_half(total[u / (4 / GROUPS)][half], code_pair(pairs, w[u], r), code_pair(pairs, w8[u], r),
-                             code_pair(pairs, w[u], r + 1), code_pair(pairs, w8[u], r + 1), b[4 * u + r], b[4 * u + r + 1]);
+                    mma_pairs<HALF>(total[u / (4 / GROUPS)][half], code_pair(pairs, w[u], r), code_pair(pairs, w8[u], r),
+                                    code_pair(pairs, w[u], r + 1), code_pair(pairs, w8[u], r + 1), b[4 * u + r], b[4 * u + r + 1]);
         }
     } else {
 #pragma unroll
@@ -185,9 +185,9 @@ __device__ __forceinline__ void tile_halves(float (&sum)[N][4], u32 stage, u32 x
                     float c[4] = {start[0], start[1], start[0], start[1]};
 #pragma unroll
                     for (int j = s * 16 / GROUPS; j < (s + 1) * 16 / GROUPS; j += 2)
-                        mma_half(c, bit_pair(w[2 * half], w6[2 * half], j), bit_pair(w[2 * half + 1], w6[2 * half + 1], j),
-                                 bit_pair(w[2 * half], w6[2 * half], j + 1),
-                                 bit_pair(w[2 * half + 1], w6[2 * half + 1], j + 1), b[j], b[j + 1]);
+                        mma_pairs<HALF>(c, bit_pair(w[2 * half], w6[2 * half], j), bit_pair(w[2 * half + 1], w6[2 * half + 1], j),
+                                        bit_pair(w[2 * half], w6[2 * half], j + 1),
+                                        bit_pair(w[2 * half + 1], w6[2 * half + 1], j + 1), b[j], b[j + 1]);
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const float f = FORM == BINARY ? alpha[2 * half + e / 2] : (float)(1 << p);

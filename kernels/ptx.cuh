@@ -4,7 +4,7 @@ typedef unsigned short u16;
 typedef unsigned long long u64;
 typedef const unsigned char* Bytes;
 
-// Forms of weights, as kernels/lut.py numbers them.
+// Forms of weights, as kernels/stream.py numbers them.
 constexpr int AFFINE = 0, BINARY = 1, TABLE = 2;
 // Types of numbers that are read as bits.
 constexpr int HALF = 0, BFLOAT16 = 1, FLOAT = 2, INT16 = 3;
@@ -76,6 +76,14 @@ __device__ __forceinline__ void copy_eight(u32 to, const u16* from, int left, bo
     }
 }
 
+// Stores inputs `at` to `at` + 7, those below `k`, of a row of a matrix whose rows are `k` long.
+__device__ __forceinline__ void store_eight(u16* row, const u16* from, int at, int k) {
+    if (k % 8 == 0 && at < k) *(uint4*)(row + at) = *(const uint4*)from;
+    else
+        for (int e = 0; e < 8; e++)
+            if (at + e < k) row[at + e] = from[e];
+}
+
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int PENDING> __device__ __forceinline__ void wait() {
@@ -96,34 +104,21 @@ __device__ __forceinline__ void load8(u32* out, u32 at) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "r"(at));
 }
 
-// Two numbers that stand together in shared memory.
-template <int TYPE> __device__ __forceinline__ void load_two(float (&out)[2], u32 at) {
-    if constexpr (TYPE == FLOAT) {
-        u32 v[2];
-        load8(v, at);
-        out[0] = as_float(v[0]), out[1] = as_float(v[1]);
-    } else {
-        const u32 v = load4(at);
-        if constexpr (TYPE == INT16) out[0] = (short)v, out[1] = (int)v >> 16;
-        else out[0] = to_float<TYPE>(v & 0xffff), out[1] = to_float<TYPE>(v >> 16);
-    }
-}
-
-// Four numbers that stand together in shared memory: those of rows g, g + 8, g + 16, g + 24.
-template <int TYPE> __device__ __forceinline__ void load_four(float (&out)[4], u32 at) {
-    if constexpr (TYPE == FLOAT) {
-        u32 v[4];
-        load16(v, at);
+// N numbers, two or four, that stand together in shared memory.
+template <int TYPE, int N> __device__ __forceinline__ void load_numbers(float (&out)[N], u32 at) {
+    constexpr int WORDS = TYPE == FLOAT ? N : N / 2;
+    u32 v[WORDS];
+    if constexpr (WORDS == 4) load16(v, at);
+    else if constexpr (WORDS == 2) load8(v, at);
+    else v[0] = load4(at);
 #pragma unroll
-        for (int i = 0; i < 4; i++) out[i] = as_float(v[i]);
-    } else {
-        u32 v[2];
-        load8(v, at);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const u16 bits = i % 2 ? v[i / 2] >> 16 : v[i / 2] & 0xffff;
-            if constexpr (TYPE == INT16) out[i] = (short)bits;
-            else out[i] = to_float<TYPE>(bits);
+    for (int i = 0; i < N; i++) {
+        if constexpr (TYPE == FLOAT) {
+            out[i] = as_float(v[i]);
+        } else {
+            const u32 both = v[i / 2];
+            if constexpr (TYPE == INT16) out[i] = i % 2 ? (int)both >> 16 : (short)both;
+            else out[i] = to_float<TYPE>(i % 2 ? both >> 16 : both & 0xffff);
         }
     }
 }
@@ -161,16 +156,16 @@ __device__ __forceinline__ void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void mma_bfloat(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+// The product of pairs of halves or bfloat16s.
+template <int TYPE> __device__ __forceinline__ void mma_pairs(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    if constexpr (TYPE == HALF)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // Registers that a warpgroup gives away, and those that it takes: both in all of its warps.

@@ -69,8 +69,3 @@ struct Codes {
         return ZERO == 2 ? fma_pair<XTYPE>(v, power_pair(-UNIT), zero.rest) : v;
     }
 };
-
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    if constexpr (XTYPE == HALF) mma_half(c, a[0], a[1], a[2], a[3], b0, b1);
-    else mma_bfloat(c, a[0], a[1], a[2], a[3], b0, b1);
-}

@@ -17,11 +17,12 @@ from ..formats import UNIT_ROUNDOFF
 from ..types import Format, Problem, Rounding
 from . import build, dense, stream
 from .registry import Call, Kernel, register
-from .stream import groups_of, packed_bytes, stored_groups
+from .stream import groups_of, stored_groups
 from .tensor_map import tensor_map
 
 # Rows of x of the specialisations of quick_sm80.cu, and of a tile of quick_sm90.cu's.
 ROWS, COLUMNS = (1, 2, 4, 8, 16), (16, 32, 64, 128)
+SIZES = stream.sizes_of(ROWS)
 # Beyond so many rows Hopper's warpgroups are faster.
 FEW = 8
 BATCH = "TPPPPPiiiiii"
@@ -32,6 +33,10 @@ class Shape(stream.Shape):
 
     SOURCE: ClassVar[str] = "quick_sm80.cu"
     ENTRY: ClassVar[str] = "quick_gemm"
+
+    @staticmethod
+    def warps_of(format: Format, rows: int, groups: int) -> int:
+        return 16 if rows <= 8 or groups <= 1 else 8
 
     @property
     def columns(self) -> int:
@@ -46,18 +51,6 @@ class Shape(stream.Shape):
         return 0.67 if self.rows <= 8 else 0.9
 
 
-def warps_of(rows: int, groups: int) -> int:
-    """Warps of a thread block: 16 where their registers allow it without spilling (ptxas -v over all variants)."""
-    return 16 if rows <= 8 or groups <= 1 else 8
-
-
-@functools.lru_cache(maxsize=4096)
-def launcher(call: Call, x_dtype: torch.dtype, rows: int, device_index: int) -> stream.Launcher | None:
-    """What runs `rows` rows of a call; None where x does not fit in shared memory."""
-    warps = warps_of(rows, groups_of(call.format, call.k) or 0)
-    return stream.launcher(Shape, call, x_dtype, rows, warps, device_index)
-
-
 class Batch(stream.Specialisation):
     """One specialisation of quick_sm90.cu; `rows` of x in a tile, `warps` that multiply, each pair a tile of w."""
 
@@ -68,7 +61,16 @@ class Batch(stream.Specialisation):
         return 1024 + max(ring, split * self.rows * 64 * self.warps if split > 1 else 0)
 
 
-@functools.lru_cache(maxsize=4096)
+def rows_of_tile(m: int) -> int:
+    """Rows of x in a tile of quick_sm90.cu where there are m."""
+    return next((c for c in COLUMNS if c >= m), COLUMNS[-1])
+
+
+def whole_tiles(m: int) -> int:
+    """m, up to whole tiles: what is chosen for it depends on no more."""
+    return -(-m // rows_of_tile(m)) * rows_of_tile(m)
+
+
 def cut_batch(call: Call, x_dtype: torch.dtype, m: int, sms: int, shared: int) -> tuple[Batch, int] | None:
     """The specialisation for m rows, and over how many thread blocks of a cluster k is cut; None where none fits.
 
@@ -78,7 +80,7 @@ def cut_batch(call: Call, x_dtype: torch.dtype, m: int, sms: int, shared: int) -
     groups = groups_of(call.format, call.k)
     assert groups is not None
     row_tiles, blocks = -(-call.n // 32), -(-call.k // 128)
-    rows = next((c for c in COLUMNS if c >= m), COLUMNS[-1])
+    rows = rows_of_tile(m)
     best: tuple[float, Batch, int] | None = None
     for warps, split, stages in itertools.product((8, 4), (1, 2, 4), (6, 5, 4, 3)):
         shape, span = Batch(call.format, x_dtype, rows, groups, warps, stages), -(-blocks // split)
@@ -115,7 +117,7 @@ class BatchLauncher:
 
 @functools.lru_cache(maxsize=4096)
 def batch_launcher(call: Call, x_dtype: torch.dtype, m: int, device_index: int) -> BatchLauncher | None:
-    """What runs m rows of a call at once; None where this GPU or this k is not for quick_sm90.cu."""
+    """What runs up to m rows, whole tiles of them; None where this GPU or this k is not for quick_sm90.cu."""
     p = torch.cuda.get_device_properties(device_index)
     if (p.major, p.minor) != (9, 0) or call.k % 8:
         return None
@@ -124,36 +126,21 @@ def batch_launcher(call: Call, x_dtype: torch.dtype, m: int, device_index: int) 
 
 
 def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
-    index = x.device.index
-    addresses, queue = stream.pointers(parts, call), torch._C._cuda_getCurrentRawStream(index)
-    at, m, b = 0, x.shape[0], 0 if bias is None else bias.data_ptr()
+    m, index = x.shape[0], x.device.index
     if m > FEW and not x.data_ptr() & 15:
-        batch = batch_launcher(call, x.dtype, m, index)
+        batch = batch_launcher(call, x.dtype, whole_tiles(m), index)
         if batch is not None:
-            return batch(x, addresses, b, out, queue)
-    while at < m:
-        left = min(m - at, ROWS[-1])
-        rows = next(r for r in ROWS if r >= left)
-        run = launcher(call, x.dtype, rows, index)
-        while run is None and rows > 1:
-            rows //= 2
-            run = launcher(call, x.dtype, rows, index)
-        if run is None:
-            return dense.run(x[at:], parts, bias, call, out[at:])
-        end = at + min(left, rows)
-        whole = at == 0 and end == m
-        run(x if whole else x[at:end], addresses, b, out if whole else out[at:end], queue)
-        at = end
+            queue = torch._C._cuda_getCurrentRawStream(index)
+            return batch(x, stream.pointers(parts, call), 0 if bias is None else bias.data_ptr(), out, queue)
+    stream.run(Shape, SIZES, ROWS[0], x, parts, bias, call, out)
 
 
 def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
-    f = call.format
-    if f.form != "affine":
+    if call.format.form != "affine":
         return "affine weights"
-    if x_dtype not in (torch.float16, torch.bfloat16):
-        return "x of float16 | bfloat16"
-    if groups_of(f, call.k) is None:
-        return "groups of 32, 64, a multiple of 128, or all of k"
+    refused = stream.refusal(call, x_dtype)
+    if refused is not None:
+        return refused
     if not build.has_nvrtc():
         return "a machine with NVRTC"
     return None
@@ -178,9 +165,7 @@ COSTS = (
 
 
 def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
-    m, read = problem.m, packed_bytes("quick", problem.format, problem.n, problem.k) / device.bandwidth
-    pieces = [(device.launch + start + read * times, m <= most) for most, start, times in COSTS]
-    return sympy.Piecewise(*pieces, (sympy.ceiling(m / COSTS[-1][0]) * pieces[-1][0], True))
+    return stream.seconds(COSTS, problem, layout, device)
 
 
 register(
@@ -199,15 +184,10 @@ register(
 
 def dequantize(parts: Sequence[Tensor], call: Call, dtype: torch.dtype) -> Tensor | None:
     """The dense weight [n, k] by quick_dense.cu; None for what it does not take."""
-    return stream.dense_weight(parts, call, dtype, "quick_dense", 4, dense_defines(call.format, dtype))
+    return stream.dense_weight(parts, call, dtype, "quick_dense", 4, stream.dense_defines(call.format, dtype))
 
 
 dense.FAST["quick", "cuda"] = dequantize
-
-
-def dense_defines(f: Format, dtype: torch.dtype) -> build.Defines:
-    """The specialisation of quick_dense.cu for a format and an output dtype."""
-    return (("LQ_FORM", 2 if f.form == "table" else 0), *stream.dense_defines(f, dtype))
 
 
 _SPREAD = (
@@ -224,9 +204,11 @@ def _variants() -> Iterator[tuple[str, str, build.Defines]]:
     for f, x_dtype in _SPREAD:
         groups = groups_of(f, 1024) or 0
         for rows in (1, 16):
-            yield "quick_sm80.cu", "quick_gemm", Shape(f, x_dtype, rows, groups, warps_of(rows, groups), 2).defines
-        yield "quick_dense.cu", "quick_dense", dense_defines(f, x_dtype)
-    yield "quick_dense.cu", "quick_dense", dense_defines(Format("table", 3, 64, "none", "float32"), torch.float16)
+            shape = Shape(f, x_dtype, rows, groups, Shape.warps_of(f, rows, groups), 2)
+            yield "quick_sm80.cu", "quick_gemm", shape.defines
+        yield "quick_dense.cu", "quick_dense", stream.dense_defines(f, x_dtype)
+    table = Format("table", 3, 64, "none", "float32")
+    yield "quick_dense.cu", "quick_dense", stream.dense_defines(table, torch.float16)
 
 
 def _hopper() -> Iterator[tuple[str, str, build.Defines]]:

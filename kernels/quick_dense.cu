@@ -66,11 +66,7 @@ quick_dense(Bytes planes, const void* scale, const void* zero, const float* tabl
         for (int i = 0; i < 8; i++) {
             const int r = 2 * i + (lane >> 4), from = tile * 32 + 16 * half + r, input = block * 128 + lane % 16 * 8;
             const u16* v = &rows[warp][r * PITCH + lane % 16 * 8];
-            if (from >= n) continue;
-            if (k % 8 == 0 && input < k) *(uint4*)(out + (u64)from * k + input) = *(const uint4*)v;
-            else
-                for (int e = 0; e < 8; e++)
-                    if (input + e < k) out[(u64)from * k + input + e] = v[e];
+            if (from < n) store_eight(out + (u64)from * k, v, input, k);
         }
         __syncwarp();
     }

@@ -1,30 +1,20 @@
-// QUICK (arXiv 2402.10076) for a few rows: y[m, n] = x[m, k] w[n, k] with w as the first operand of mma.m16n8k16 and up to
-// eight rows of x as the columns of the second. Weights go from memory to registers as they are packed, become numbers
+// QUICK (arXiv 2402.10076) for a few rows: y[m, n] = x[m, k] w[n, k] with w as the first operand of mma.m16n8k16 and
+// eights of rows of x as the columns of the second. Weights go from memory to registers as they are packed, become numbers
 // there (quick.cuh) and nowhere else; x is read as it is. A group's products are added in float32 and then scaled.
 //
 // How tiles come and sums go is told in stream.cuh. LQ_* are integers from kernels/quick.py.
 
 #include "ptx.cuh"
 
-constexpr int Q = LQ_BITS;
-constexpr int ZERO = LQ_ZERO;    // 0 none, 1 int16, 2 float32
-constexpr int SCALE = LQ_SCALE;  // HALF, BFLOAT16 or FLOAT
-constexpr int XTYPE = LQ_X;      // HALF or BFLOAT16
-constexpr int ROWS = LQ_ROWS;    // rows of x: 1, 2, 4, or a multiple of 8
-constexpr int SUB = LQ_SUB;      // groups in a block of 128 inputs; 0 where a group spans blocks
-constexpr int WARPS = LQ_WARPS, STAGES = LQ_STAGES;
+#include "quick_tile.cuh"
 
-constexpr int GROUPS = SUB ? SUB : 1;
-constexpr int SLABS = Q;  // 512-byte pieces of a 32 x 128 tile
-constexpr int COEF_ROW = 32 * (SCALE == FLOAT ? 4 : 2), ZERO_ROW = ZERO ? 32 * (ZERO == 1 ? 2 : 4) : 0;
-constexpr int COEF_AT = SLABS * 512, ZERO_AT = COEF_AT + GROUPS * COEF_ROW, STAGE = ZERO_AT + GROUPS * ZERO_ROW;
+constexpr int ROWS = LQ_ROWS;  // rows of x: 1, 2, 4, or a multiple of 8
+constexpr int SLABS = Q;       // 512-byte pieces of a 32 x 128 tile
 constexpr int X_BLOCK = ROWS * 256, FACTS = 0, COLUMNS = ROWS, SLOT = 32 * ROWS, EXTRA = 0;
 constexpr int BATCHES = (ROWS + 7) / 8;  // eights of rows of x
 constexpr int PARTS = 2 * BATCHES;       // and halves of a row tile
 
 extern __shared__ __align__(128) unsigned char shared[];
-
-#include "quick.cuh"
 
 // Starts the copy of one block of x, all rows: 16 bytes of inputs 8i stand at i ^ row, where lanes meet all banks.
 __device__ __forceinline__ void fetch_x(u32 to, const u16* x, int m, int k, int block, bool wide, int lane) {
@@ -41,7 +31,6 @@ __device__ __forceinline__ float set_up(unsigned char*, const float*) { return Z
 // One 32 x 128 tile; sum[BATCHES half + i][e] belongs to row 16 half + g + 8 (e / 2) of w and row 8i + 2t + e % 2 of x.
 template <int N>
 __device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, const float*, u32, int lane) {
-    const int g = lane >> 2;
     u32 b[BATCHES][4][4];
 #pragma unroll
     for (int i = 0; i < BATCHES; i++) {
@@ -57,10 +46,9 @@ __device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, c
 #pragma unroll
         for (int s = 0; s < GROUPS; s++) {
             float factor[2], zero[2];
-            load_two<SCALE>(factor, stage + COEF_AT + s * COEF_ROW + (g * 4 + half * 2) * (SCALE == FLOAT ? 4 : 2));
-            if constexpr (ZERO != 0) load_two<ZERO == 1 ? INT16 : FLOAT>(zero, stage + ZERO_AT + s * ZERO_ROW + (g * 4 + half * 2) * (ZERO == 1 ? 2 : 4));
-            else zero[0] = zero[1] = 1 << (Q - 1);
-            Zero less[2] = {zero[0], zero[1]};
+            load_scales(factor, stage, s, half, lane);
+            load_zeros(zero, stage, s, half, lane);
+            const Zero less[2] = {zero[0], zero[1]};
             float total[BATCHES][4] = {};
 #pragma unroll
             for (int u = s * 4 / GROUPS; u < (s + 1) * 4 / GROUPS; u++)
@@ -70,7 +58,7 @@ __device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, c
 #pragma unroll
                     for (int i = 0; i < 4; i++) a[i] = codes.operand(i % 2, u, p, i / 2, less[i % 2]);
 #pragma unroll
-                    for (int i = 0; i < BATCHES; i++) mma(total[i], a, b[i][u][2 * p], b[i][u][2 * p + 1]);
+                    for (int i = 0; i < BATCHES; i++) mma_pairs<XTYPE>(total[i], a[0], a[1], a[2], a[3], b[i][u][2 * p], b[i][u][2 * p + 1]);
                 }
 #pragma unroll
             for (int i = 0; i < BATCHES; i++)

@@ -11,25 +11,15 @@
 #include "ptx.cuh"
 
 #if __CUDA_ARCH__ == 900
-constexpr int Q = LQ_BITS;
-constexpr int ZERO = LQ_ZERO;    // 0 none, 1 int16, 2 float32
-constexpr int SCALE = LQ_SCALE;  // HALF, BFLOAT16 or FLOAT
-constexpr int XTYPE = LQ_X;      // HALF or BFLOAT16
-constexpr int COLUMNS = LQ_ROWS; // rows of x in a tile: 16, 32, 64 or 128
-constexpr int SUB = LQ_SUB;      // groups in a block of 128 inputs; 0 where a group spans blocks
-constexpr int WARPS = LQ_WARPS, STAGES = LQ_STAGES;
+#include "quick_tile.cuh"
 
+constexpr int COLUMNS = LQ_ROWS;  // rows of x in a tile: 16, 32, 64 or 128
 constexpr int THREADS = WARPS * 32, ROW_TILES = WARPS / 2;
-constexpr int GROUPS = SUB ? SUB : 1;
-constexpr int COEF_ROW = 32 * (SCALE == FLOAT ? 4 : 2), ZERO_ROW = ZERO ? 32 * (ZERO == 1 ? 2 : 4) : 0;
-constexpr int COEF_AT = Q * 512, ZERO_AT = COEF_AT + GROUPS * COEF_ROW, TILE = ZERO_AT + GROUPS * ZERO_ROW;
 constexpr int X_HALF = COLUMNS * 128, X_BLOCK = 2 * X_HALF;  // bytes of 64 inputs of all rows, and of 128
 constexpr int EIGHTS = COLUMNS / 8;
-constexpr int TILES_AT = STAGES * X_BLOCK, BARRIERS_AT = TILES_AT + STAGES * ROW_TILES * TILE;
+constexpr int TILES_AT = STAGES * X_BLOCK, BARRIERS_AT = TILES_AT + STAGES * ROW_TILES * STAGE;
 
 extern __shared__ __align__(1024) unsigned char shared[];
-
-#include "quick.cuh"
 
 // sum (+)= the 64 x 16 operand in registers times 16 inputs of COLUMNS rows of x.
 __device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], const u32 (&a)[4], u64 x, int add) {
@@ -92,10 +82,10 @@ quick_batch(const __grid_constant__ TensorMap x, Bytes planes, Bytes coef, Bytes
             const int stage = i % STAGES, block = first + i;
             const u32 filled = barriers + stage * 16;
             if (i >= STAGES) barrier_wait(filled + 8, i / STAGES - 1 & 1);
-            if (lane == 0) barrier_expect(filled, X_BLOCK + here * TILE);
+            if (lane == 0) barrier_expect(filled, X_BLOCK + here * STAGE);
             __syncwarp();
             if (lane < here) {
-                const u32 to = w_ring + (stage * ROW_TILES + lane) * TILE, group = SUB ? block * GROUPS : __umulhi(block, span);
+                const u32 to = w_ring + (stage * ROW_TILES + lane) * STAGE, group = SUB ? block * GROUPS : __umulhi(block, span);
                 const u64 place = (u64)(top + lane) * blocks + block, factors = (u64)(top + lane) * groups + group;
                 copy_bulk(to, planes + place * COEF_AT, COEF_AT, filled, policy);
                 copy_bulk(to + COEF_AT, coef + factors * COEF_ROW, GROUPS * COEF_ROW, filled, policy);
@@ -118,14 +108,14 @@ quick_batch(const __grid_constant__ TensorMap x, Bytes planes, Bytes coef, Bytes
     // Makes block i's weights numbers, when it has come.
     auto unpack = [&](u32 (&a)[8][4], int i) {
         barrier_wait(barriers + i % STAGES * 16, i / STAGES & 1);
-        const u32 stage = w_ring + (i % STAGES * ROW_TILES + warp / 2) * TILE;
+        const u32 stage = w_ring + (i % STAGES * ROW_TILES + warp / 2) * STAGE;
         Codes codes;
         codes.load(stage, half, lane);
 #pragma unroll
         for (int s = 0; s < GROUPS; s++) {
-            float off[2] = {1 << (Q - 1), 1 << (Q - 1)};
-            if constexpr (ZERO != 0) load_two<ZERO == 1 ? INT16 : FLOAT>(off, stage + ZERO_AT + s * ZERO_ROW + (g * 4 + half * 2) * (ZERO == 1 ? 2 : 4));
-            const Zero less[2] = {off[0], off[1]};
+            float zero[2];
+            load_zeros(zero, stage, s, half, lane);
+            const Zero less[2] = {zero[0], zero[1]};
 #pragma unroll
             for (int step = s * 8 / GROUPS; step < (s + 1) * 8 / GROUPS; step++)
 #pragma unroll
@@ -134,7 +124,7 @@ quick_batch(const __grid_constant__ TensorMap x, Bytes planes, Bytes coef, Bytes
     };
     // Adds block i to the sums and, while tensor cores are at it, unpacks the next into `ahead`.
     auto add = [&](u32 (&a)[8][4], u32 (&ahead)[8][4], int i) {
-        const u32 stage = w_ring + (i % STAGES * ROW_TILES + warp / 2) * TILE, xs = x_ring + i % STAGES * X_BLOCK;
+        const u32 stage = w_ring + (i % STAGES * ROW_TILES + warp / 2) * STAGE, xs = x_ring + i % STAGES * X_BLOCK;
 #pragma unroll
         for (int s = 0; s < GROUPS; s++) {
             float total[COLUMNS / 2], factor[2];
@@ -146,7 +136,7 @@ quick_batch(const __grid_constant__ TensorMap x, Bytes planes, Bytes coef, Bytes
                 wgmma(total, a[step], describe(xs + step / 4 * X_HALF) + step % 4 * 2, j > 0);
             }
             wgmma_commit();
-            load_two<SCALE>(factor, stage + COEF_AT + s * COEF_ROW + (g * 4 + half * 2) * (SCALE == FLOAT ? 4 : 2));
+            load_scales(factor, stage, s, half, lane);
             if (s == GROUPS - 1 && i + 1 < count) unpack(ahead, i + 1);
             wgmma_wait<0>();
             if (s == GROUPS - 1) {

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import abc
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import sympy
 import torch
 from torch import Tensor
 
+from ..device import Device
 from ..errors import ArgumentError
-from ..types import SCALE_DTYPES, Format
-from . import build
+from ..types import SCALE_DTYPES, Format, Problem
+from . import build, dense
 from .layout import LAYOUTS
 from .registry import Call
 
+FORMS = {"affine": 0, "binary": 1, "table": 2}
 ZEROS = {"none": 0, "int": 1, "float": 2}
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SIGNATURE, DENSE = "PPPPPPPiiiiiiii", "PPPPPiiiiiii"
@@ -66,6 +68,11 @@ class Shape(Specialisation, abc.ABC):
 
     SOURCE: ClassVar[str]
     ENTRY: ClassVar[str]
+
+    @staticmethod
+    @abc.abstractmethod
+    def warps_of(format: Format, rows: int, groups: int) -> int:
+        """Warps of a thread block: 16 where their registers allow it without spilling (ptxas -v over all variants)."""
 
     @property
     @abc.abstractmethod
@@ -130,16 +137,8 @@ def span_of(call: Call) -> int:
     return span - (span >> 31 << 32)
 
 
-def packed_bytes(layout: str, format: Format, n: int, k: int) -> int:
-    """Bytes of all parts but the table."""
-    shapes = LAYOUTS[layout].shapes(format, n, k, "cuda")
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
-
-
 @functools.lru_cache(maxsize=4096)
-def cut(
-    kind: type[Shape], call: Call, x_dtype: torch.dtype, rows: int, warps: int, gpu: tuple[int, int, bool]
-) -> Cut | None:
+def cut(kind: type[Shape], call: Call, x_dtype: torch.dtype, rows: int, gpu: tuple[int, int, bool]) -> Cut | None:
     """The best way to spread a call on a GPU of so many multiprocessors, bytes of shared memory, and with clusters.
 
     None where x does not fit. Times are in bytes at the rate at which memory delivers them to one of all
@@ -149,7 +148,7 @@ def cut(
     sms, shared, clusters = gpu
     groups = groups_of(call.format, call.k)
     assert groups is not None
-    all_tiles, blocks = -(-call.n // 32), -(-call.k // 128)
+    all_tiles, blocks, warps = -(-call.n // 32), -(-call.k // 128), kind.warps_of(call.format, rows, groups)
     best: tuple[float, Cut] | None = None
     for stages, count in ((3, warps), (2, warps), (2, warps // 2), (2, warps // 4)):
         shape = kind(call.format, x_dtype, rows, groups, count, stages)
@@ -199,13 +198,11 @@ class Launcher:
 
 
 @functools.lru_cache(maxsize=4096)
-def launcher(
-    kind: type[Shape], call: Call, x_dtype: torch.dtype, rows: int, warps: int, device_index: int
-) -> Launcher | None:
+def launcher(kind: type[Shape], call: Call, x_dtype: torch.dtype, rows: int, device_index: int) -> Launcher | None:
     """What runs `rows` rows of a call; None where x does not fit in shared memory."""
     p = torch.cuda.get_device_properties(device_index)
     modern = p.major >= 9
-    plan = cut(kind, call, x_dtype, rows, warps, (p.multi_processor_count, p.shared_memory_per_block_optin, modern))
+    plan = cut(kind, call, x_dtype, rows, (p.multi_processor_count, p.shared_memory_per_block_optin, modern))
     return None if plan is None else Launcher(call, plan, device_index, modern)
 
 
@@ -220,10 +217,64 @@ def pointers(parts: Sequence[Tensor], call: Call) -> tuple[int, int, int, int]:
     return at[0], at[1], at[2] if f.zero != "none" else 0, at[-1] if f.form == "table" else 0
 
 
+def run(
+    kind: type[Shape], sizes: Sequence[int], least: int, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None,
+    call: Call, out: Tensor,
+) -> None:  # fmt: skip
+    """Runs a call, as many rows of x in a launch as fit.
+
+    `sizes[m]` is the specialisation for m rows, up to the most that one takes; `least` the smallest there is. What
+    even that does not hold goes by the dense weight.
+    """
+    index = x.device.index
+    addresses, queue = pointers(parts, call), torch._C._cuda_getCurrentRawStream(index)
+    at, m, b = 0, x.shape[0], 0 if bias is None else bias.data_ptr()
+    while at < m:
+        left = min(m - at, len(sizes) - 1)
+        rows = sizes[left]
+        launch = launcher(kind, call, x.dtype, rows, index)
+        while launch is None and rows > least:
+            rows //= 2
+            launch = launcher(kind, call, x.dtype, rows, index)
+        if launch is None:
+            return dense.run(x[at:], parts, bias, call, out[at:])
+        end = at + min(left, rows)
+        whole = at == 0 and end == m
+        launch(x if whole else x[at:end], addresses, b, out if whole else out[at:end], queue)
+        at = end
+
+
+def sizes_of(rows: Sequence[int]) -> list[int]:
+    """By a number of rows the specialisation, of `rows` in ascending order, that takes so many."""
+    return [next(r for r in rows if r >= m) for m in range(rows[-1] + 1)]
+
+
+def refusal(call: Call, x_dtype: torch.dtype) -> str | None:
+    """What of x and of the groups no kernel here takes."""
+    if x_dtype not in (torch.float16, torch.bfloat16):
+        return "x of float16 | bfloat16"
+    if groups_of(call.format, call.k) is None:
+        return "groups of 32, 64, a multiple of 128, or all of k"
+    return None
+
+
+def seconds(costs: Sequence[tuple[int, float, float]], problem: Problem, layout: str, device: Device) -> sympy.Expr:
+    """From `costs`: (m up to, seconds beyond a launch, times a pure read); beyond the last, several such launches."""
+    m = problem.m
+    read = LAYOUTS[layout].packed_bytes(problem.format, problem.n, problem.k, "cuda") / device.bandwidth
+    pieces = [(device.launch + start + read * times, m <= most) for most, start, times in costs]
+    return sympy.Piecewise(*pieces, (sympy.ceiling(m / costs[-1][0]) * pieces[-1][0], True))
+
+
 def dense_defines(f: Format, dtype: torch.dtype) -> build.Defines:
     """What both kernels that make a dense weight of `dtype` are told of a format."""
-    scale = TYPES[SCALE_DTYPES[f.scale_dtype]]
-    return (("LQ_BITS", f.bits), ("LQ_ZERO", ZEROS[f.zero]), ("LQ_SCALE", scale), ("LQ_OUT", TYPES[dtype]))
+    return (
+        ("LQ_FORM", FORMS[f.form]),
+        ("LQ_BITS", f.bits),
+        ("LQ_ZERO", ZEROS[f.zero]),
+        ("LQ_SCALE", TYPES[SCALE_DTYPES[f.scale_dtype]]),
+        ("LQ_OUT", TYPES[dtype]),
+    )
 
 
 def dense_weight(
@@ -231,7 +282,7 @@ def dense_weight(
 ) -> Tensor | None:
     """The dense weight [n, k] by `entry`.cu, a tile for each of `warps`; None for what it does not take."""
     f = call.format
-    if dtype not in (torch.float16, torch.bfloat16) or groups_of(f, call.k) is None or not build.has_nvrtc():
+    if refusal(call, dtype) is not None or not build.has_nvrtc():
         return None
     out = parts[0].new_empty((call.n, call.k), dtype=dtype)
     if out.numel() == 0:

@@ -76,8 +76,10 @@ class Plan:
         """Bytes of the packed weights on the device that was planned for."""
         if self.device.kind == fake_value(self.match.x).device.type:
             return sum(p.bytes for p in self.packed)
-        parts = (p for w in self.match.recovered.weights for p in LAYOUTS[self.layout].pack(w, self.device.kind))
-        return sum(p.numel() * p.element_size() for p in parts)
+        # A table is stored as float32 everywhere.
+        tables = sum(4 * p.parts[-1].numel() for p in self.packed if p.format.form == "table")
+        packed = (LAYOUTS[p.layout].packed_bytes(p.format, p.n, p.k, self.device.kind) for p in self.packed)
+        return sum(packed) + tables
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def ops(instructions: list[str], *names: str) -> list[int]:
 
 def few(f: Format, x_dtype: torch.dtype, rows: int) -> quick.Shape:
     groups = quick.groups_of(f, 1024) or 0
-    return quick.Shape(f, x_dtype, rows, groups, quick.warps_of(rows, groups), 3)
+    return quick.Shape(f, x_dtype, rows, groups, quick.Shape.warps_of(f, rows, groups), 3)
 
 
 @pytest.mark.parametrize("x_dtype", X_DTYPES)
@@ -92,7 +92,7 @@ def test_batches_take_weights_from_registers_by_warpgroups(f, columns, directory
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_bit_planes_are_multiplied_as_they_are(rows, directory):
     f = Format("binary", 3, 128, "float", "float16")
-    shape = lut.Shape(f, torch.float16, rows, 1, lut.warps_of(f, rows, 1), 3)
+    shape = lut.Shape(f, torch.float16, rows, 1, lut.Shape.warps_of(f, rows, 1), 3)
     found = code("lut.cu", "lut_gemm", shape.defines, directory)
     names = {1: "BMMA", 4: "IMMA", 8: "HMMA"}
     assert len(ops(found, names[rows])) == {1: 18, 4: 48, 8: 48}[rows]

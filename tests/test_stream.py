@@ -26,10 +26,8 @@ GPUS += [(170, 99 << 10, True)]
 
 
 def spread(f: Format, n: int, k: int, rows: int, gpu: tuple[int, int, bool], layout: str = "lut") -> stream.Cut | None:
-    groups = stream.groups_of(f, k) or 0
     kind = {"lut": lut.Shape, "quick": quick.Shape}[layout]
-    warps = lut.warps_of(f, rows, groups) if layout == "lut" else quick.warps_of(rows, groups)
-    return stream.cut(kind, Call(layout, f, n, k), torch.float16, rows, warps, gpu)
+    return stream.cut(kind, Call(layout, f, n, k), torch.float16, rows, gpu)
 
 
 @given(
@@ -70,6 +68,40 @@ def test_a_batch_is_cut_into_what_fits(f, n, blocks, m):
     span = -(-(k // 128) // split)
     assert span * (split - 1) < k // 128 and shape.shared_batch(split) <= 227 << 10
     assert shape.rows == next((c for c in quick.COLUMNS if c >= m), 128) and shape.warps in (4, 8) and shape.stages >= 3
+
+
+@given(m=st.integers(1, 1000))
+def test_a_batch_of_the_same_tiles_is_cut_the_same(m):
+    call, gpu = Call("quick", FORMATS[3], 4096, 4096), (132, 227 << 10)
+    whole = quick.whole_tiles(m)
+    assert whole >= m and whole % quick.rows_of_tile(m) == 0 and whole - m < quick.rows_of_tile(m)
+    assert quick.cut_batch(call, torch.float16, m, *gpu) == quick.cut_batch(call, torch.float16, whole, *gpu)
+
+
+@pytest.mark.parametrize("most", [16, 4, 1, 0])
+@pytest.mark.parametrize("m", [1, 3, 8, 16, 17, 40])
+def test_rows_are_run_once_each_in_order_with_as_many_as_fit(m, most, monkeypatch):
+    """`most` rows fit in shared memory; where not one does, the dense weight takes them all."""
+    taken = []
+
+    def launcher(kind, call, x_dtype, rows, device_index):
+        def launch(x, parts, bias, out, queue):
+            assert x.shape[0] <= rows and x.shape[0] == out.shape[0]
+            taken.append((rows, x[:, 0].tolist()))
+
+        return launch if rows <= most else None
+
+    monkeypatch.setattr(stream, "launcher", launcher)
+    monkeypatch.setattr(stream, "pointers", lambda parts, call: ())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(stream.dense, "run", lambda x, parts, bias, call, out: taken.append((0, x[:, 0].tolist())))
+    x = torch.arange(m, dtype=torch.float32)[:, None].expand(m, 8)
+    call = Call("quick", FORMATS[3], 4, 8)
+    stream.run(quick.Shape, quick.SIZES, quick.ROWS[0], x, [], None, call, torch.empty(m, 4))
+    assert [row for _, rows in taken for row in rows] == list(range(m))
+    assert {rows for rows, _ in taken} <= {0} if most == 0 else all(0 < rows <= most for rows, _ in taken)
+    if most == 16:
+        assert [rows for rows, _ in taken] == [16] * (m // 16) + ([quick.SIZES[m % 16]] if m % 16 else [])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
