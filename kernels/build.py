@@ -338,13 +338,13 @@ def load_cuda(
 ) -> Function:
     """The kernel `entry` (extern "C") of `source`, compiled for a device and loaded on it, once.
 
-    `signature` has a letter for each parameter: P a pointer, i an int, q a long long, f a float and, only first, T a
-    tensor map. `shared_bytes` is the most dynamic shared memory that a launch will ask for. From any thread, also
-    while a stream is captured.
+    `signature` has a letter for each parameter: P a pointer, i an int, q a long long, f a float and, before all
+    others, T a tensor map. `shared_bytes` is the most dynamic shared memory that a launch will ask for. From any
+    thread, also while a stream is captured.
     Raises what `cubin` raises; ArgumentError where the signature is not the kernel's; RuntimeError from the driver.
     """
-    if not re.fullmatch("T?[Piqf]*", signature):
-        raise ArgumentError("signature", signature, "letters of P i q f, after at most one T")
+    if not re.fullmatch("T*[Piqf]*", signature):
+        raise ArgumentError("signature", signature, "letters of P i q f, after any T")
     properties = torch.cuda.get_device_properties(device_index)
     image = cubin(source, arch_of(properties.major, properties.minor), defines)
     with _LOADING:
@@ -384,4 +384,3 @@ def _check_signature(function: Function, handle: ctypes.c_void_p) -> None:
         found.append(size.value)
     if found != [size for _, size in _fields(function.signature)]:
         raise ArgumentError("signature", function.signature, f"parameters of {function.name}, in bytes: {found}")
-

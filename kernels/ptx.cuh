@@ -78,7 +78,7 @@ __device__ __forceinline__ void copy_eight(u32 to, const u16* from, int left, bo
 
 // Stores inputs `at` to `at` + 7, those below `k`, of a row of a matrix whose rows are `k` long.
 __device__ __forceinline__ void store_eight(u16* row, const u16* from, int at, int k) {
-    if (k % 8 == 0 && at < k) *(uint4*)(row + at) = *(const uint4*)from;
+    if (at + 8 <= k && !((u64)(row + at) & 15)) *(uint4*)(row + at) = *(const uint4*)from;
     else
         for (int e = 0; e < 8; e++)
             if (at + e < k) row[at + e] = from[e];
@@ -104,6 +104,13 @@ __device__ __forceinline__ void load8(u32* out, u32 at) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "r"(at));
 }
 
+// The short in the lower half of a word. By a permutation: the instruction that makes a float of a short is slow.
+__device__ __forceinline__ int low_short(u32 both) {
+    int v;
+    asm("prmt.b32 %0, %1, 0, 0x9910;" : "=r"(v) : "r"(both));
+    return v;
+}
+
 // N numbers, two or four, that stand together in shared memory.
 template <int TYPE, int N> __device__ __forceinline__ void load_numbers(float (&out)[N], u32 at) {
     constexpr int WORDS = TYPE == FLOAT ? N : N / 2;
@@ -117,7 +124,7 @@ template <int TYPE, int N> __device__ __forceinline__ void load_numbers(float (&
             out[i] = as_float(v[i]);
         } else {
             const u32 both = v[i / 2];
-            if constexpr (TYPE == INT16) out[i] = i % 2 ? (int)both >> 16 : (short)both;
+            if constexpr (TYPE == INT16) out[i] = i % 2 ? (int)both >> 16 : low_short(both);
             else out[i] = to_float<TYPE>(i % 2 ? both >> 16 : both & 0xffff);
         }
     }
@@ -130,11 +137,26 @@ __device__ __forceinline__ void load_matrices(u32 (&out)[4], u32 at) {
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(at) : "memory");
 }
 
+// Two of them back, each as its transpose; lane i points to row i % 8 of what becomes of matrix i / 8.
+__device__ __forceinline__ void store_matrices(u32 at, const u32 (&v)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(v[0]), "r"(v[1]) : "memory");
+}
+
+// Waits for as many threads of the block as are told to meet at barrier `id`; 0 is __syncthreads'.
+__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // a b + c in pairs of halves or bfloat16s.
 template <int TYPE> __device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) {
     u32 d;
     if constexpr (TYPE == HALF) asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+template <int TYPE> __device__ __forceinline__ u32 product_pair(u32 a, u32 b) {
+    u32 d;
+    if constexpr (TYPE == HALF) asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    else asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
 
@@ -180,7 +202,12 @@ struct __align__(64) TensorMap {
 #if __CUDA_ARCH__ >= 900
 // The copy engine: one lane asks for a whole piece, and a barrier in shared memory counts the bytes that have come.
 __device__ __forceinline__ void barrier_init(u32 at, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.proxy.async.shared::cta;" ::"r"(at), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+
+// For the copy engine and the cluster to see what was initialised.
+__device__ __forceinline__ void barriers_ready() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(u32 at) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory"); }
@@ -194,16 +221,16 @@ __device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
                  : "memory");
 }
 
-__device__ __forceinline__ void copy_bulk(u32 to, Bytes from, u32 bytes, u32 barrier, u64 policy) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-                 : "memory");
-}
-
-// A box of the matrix, as large as the map says, from (column, row); what lies outside is zero.
+// A box of an array, as large as the map says, from (column, row[, page]); what lies outside is zero.
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map),
                  "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int page, u32 barrier, u64 policy) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+                 "l"(&map), "r"(column), "r"(row), "r"(page), "r"(barrier), "l"(policy)
                  : "memory");
 }
 
@@ -211,7 +238,14 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int colum
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Where nothing was written that others must see.
+__device__ __forceinline__ void cluster_leave() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void load_remote(float (&v)[4], u32 at, u32 rank) {
+    asm volatile("{.reg .u32 a;\nmapa.shared::cluster.u32 a, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];}"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(at), "r"(rank) : "memory");
+}
 
 __device__ __forceinline__ void store_remote(u32 at, u32 rank, float f) {
     asm volatile("{.reg .u32 a;\nmapa.shared::cluster.u32 a, %0, %1;\nst.shared::cluster.f32 [a], %2;}" ::"r"(at), "r"(rank), "f"(f) : "memory");

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -14,18 +12,17 @@ from torch import Tensor
 
 from ..device import Device
 from ..formats import UNIT_ROUNDOFF
-from ..types import Format, Problem, Rounding
-from . import build, dense, stream
+from ..types import SCALE_DTYPES, Format, Problem, Rounding
+from . import build, dense, quick_batch, stream
 from .registry import Call, Kernel, register
-from .stream import groups_of, stored_groups
-from .tensor_map import tensor_map
+from .stream import groups_of
 
-# Rows of x of the specialisations of quick_sm80.cu, and of a tile of quick_sm90.cu's.
-ROWS, COLUMNS = (1, 2, 4, 8, 16), (16, 32, 64, 128)
+ROWS = (1, 2, 4, 8, 16)
 SIZES = stream.sizes_of(ROWS)
 # Beyond so many rows Hopper's warpgroups are faster.
 FEW = 8
-BATCH = "TPPPPPiiiiii"
+# Bytes of shared memory that a thread block of an sm_90 may have.
+HOPPER_SHARED = 227 << 10
 
 
 class Shape(stream.Shape):
@@ -51,88 +48,9 @@ class Shape(stream.Shape):
         return 0.67 if self.rows <= 8 else 0.9
 
 
-class Batch(stream.Specialisation):
-    """One specialisation of quick_sm90.cu; `rows` of x in a tile, `warps` that multiply, each pair a tile of w."""
-
-    def shared_batch(self, split: int) -> int:
-        """Bytes of shared memory: the rings with their barriers or, after them, the cluster's sums."""
-        ring = self.stages * (self.rows * 256 + self.warps // 2 * self.stage + 16)
-        # Counted from a multiple of 1024 bytes, where a swizzle begins.
-        return 1024 + max(ring, split * self.rows * 64 * self.warps if split > 1 else 0)
-
-
-def rows_of_tile(m: int) -> int:
-    """Rows of x in a tile of quick_sm90.cu where there are m."""
-    return next((c for c in COLUMNS if c >= m), COLUMNS[-1])
-
-
-def whole_tiles(m: int) -> int:
-    """m, up to whole tiles: what is chosen for it depends on no more."""
-    return -(-m // rows_of_tile(m)) * rows_of_tile(m)
-
-
-def cut_batch(call: Call, x_dtype: torch.dtype, m: int, sms: int, shared: int) -> tuple[Batch, int] | None:
-    """The specialisation for m rows, and over how many thread blocks of a cluster k is cut; None where none fits.
-
-    A thread block of eight warps takes a block of 128 inputs in about 0.4 + rows / 175 us on an H200, one of four in
-    0.93 times that (measured before the copies had a warp of their own).
-    """
-    groups = groups_of(call.format, call.k)
-    assert groups is not None
-    row_tiles, blocks = -(-call.n // 32), -(-call.k // 128)
-    rows = rows_of_tile(m)
-    best: tuple[float, Batch, int] | None = None
-    for warps, split, stages in itertools.product((8, 4), (1, 2, 4), (6, 5, 4, 3)):
-        shape, span = Batch(call.format, x_dtype, rows, groups, warps, stages), -(-blocks // split)
-        if span * (split - 1) >= blocks or shape.shared_batch(split) > shared:
-            continue
-        # Of clusters of four not as many run at once as there are multiprocessors for.
-        slots = int(sms * (0.88 if split == 4 else 1.0))
-        waves = math.ceil(math.ceil(row_tiles / (warps // 2)) * split * math.ceil(m / rows) / slots)
-        each = (0.4 + rows / 175) * (1.0 if warps == 8 else 0.93)
-        seconds = waves * (span * each + 1.0) + 0.4 * (split - 1)
-        if best is None or seconds < best[0]:
-            best = (seconds, shape, split)
-    return None if best is None else best[1:]
-
-
-class BatchLauncher:
-    """One call's launches of quick_batch on one device, for numbers of rows of x that share a tile size."""
-
-    def __init__(self, call: Call, shape: Batch, split: int, device_index: int) -> None:
-        self.shared = shape.shared_batch(split)
-        self.function = build.load_cuda("quick_sm90.cu", "quick_batch", BATCH, shape.defines, device_index, self.shared)
-        self.split, self.rows, self.threads = split, shape.rows, 32 * shape.warps + 128
-        self.row_blocks = math.ceil(call.n / (16 * shape.warps))
-        range = math.ceil(math.ceil(call.k / 128) / split)
-        self.values = (call.n, call.k, range, stored_groups(call), stream.span_of(call))
-
-    def __call__(self, x: Tensor, parts: Sequence[int], bias: int, out: Tensor, queue: int) -> None:
-        m, k = x.shape
-        map = tensor_map(x.data_ptr(), x.dtype, m, k, (self.rows, 64))
-        values: tuple[int | bytes, ...] = (map, *parts[:3], bias, out.data_ptr(), m, *self.values)
-        grid = (self.split, self.row_blocks, -(-m // self.rows))
-        self.function.launch(grid, self.threads, self.shared, (self.split, 1, 1), queue, values, True)
-
-
-@functools.lru_cache(maxsize=4096)
-def batch_launcher(call: Call, x_dtype: torch.dtype, m: int, device_index: int) -> BatchLauncher | None:
-    """What runs up to m rows, whole tiles of them; None where this GPU or this k is not for quick_sm90.cu."""
-    p = torch.cuda.get_device_properties(device_index)
-    if (p.major, p.minor) != (9, 0) or call.k % 8:
-        return None
-    found = cut_batch(call, x_dtype, m, p.multi_processor_count, p.shared_memory_per_block_optin)
-    return None if found is None else BatchLauncher(call, *found, device_index)
-
-
 def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
-    m, index = x.shape[0], x.device.index
-    if m > FEW and not x.data_ptr() & 15:
-        batch = batch_launcher(call, x.dtype, whole_tiles(m), index)
-        if batch is not None:
-            queue = torch._C._cuda_getCurrentRawStream(index)
-            return batch(x, stream.pointers(parts, call), 0 if bias is None else bias.data_ptr(), out, queue)
-    stream.run(Shape, SIZES, ROWS[0], x, parts, bias, call, out)
+    if x.shape[0] <= FEW or not quick_batch.run(x, parts, bias, call, out):
+        stream.run(Shape, SIZES, ROWS[0], x, parts, bias, call, out)
 
 
 def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
@@ -147,25 +65,36 @@ def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
 
 
 def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
-    # Codes less a whole zero of at most 8 bits are exact in x's dtype; another zero is rounded, and the difference.
-    u = UNIT_ROUNDOFF[x_dtype]
-    return Rounding(weight=2 * u if call.format.zero != "none" else 2.0**-22, accumulate=2.0**-22, out=u)
+    # The product with a scale is rounded, and a scale of another type before; codes less a whole zero of at most 8 bits
+    # are exact in x's dtype, another zero is rounded, and the difference.
+    u, f = UNIT_ROUNDOFF[x_dtype], call.format
+    times = 1 + 2 * (f.zero != "none") + (SCALE_DTYPES[f.scale_dtype] != x_dtype)
+    return Rounding(weight=times * u + 2.0**-22, accumulate=2.0**-22, out=u)
 
 
 # (m up to, seconds beyond a launch, times a pure read): least squares over six shapes of int4 g128 on an H200, within
-# 12 % up to m = 8 and, measured before quick_sm90.cu had a warp for its copies, 22 % beyond.
-COSTS = (
-    (1, 1.7e-6, 1.11),
-    (8, 1.6e-6, 1.40),
-    (16, 3.0e-6, 1.67),
-    (32, 4.7e-6, 1.86),
-    (64, 6.8e-6, 2.74),
-    (128, 7.6e-6, 4.29),
-)
+# 12 %.
+COSTS = ((1, 1.7e-6, 1.11), (8, 1.6e-6, 1.40), (16, 3.0e-6, 1.67))
 
 
 def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
-    return stream.seconds(COSTS, problem, layout, device)
+    few = stream.seconds(COSTS, problem, layout, device)
+    call, m = Call(layout, problem.format, problem.n, problem.k), problem.m
+    if device.arch != "sm_90" or call.k % 8:
+        return few
+    pieces = []
+    for rows in quick_batch.TILES:
+        found = quick_batch.plan(call, problem.x_dtype, rows, device.processors, HOPPER_SHARED)
+        if found is None:
+            return few
+        pieces.append((device.launch + found.seconds, m <= rows))
+    # Beyond, by rounds of the largest tiles.
+    batch = found.parts[0].batch
+    fixed, each = quick_batch.TILES[batch.rows][batch.warps, batch.ways]
+    rounds = sympy.ceiling(batch.tiles(call.n, 1) * sympy.ceiling(m / batch.rows) / device.processors)
+    heat = quick_batch.HEAT * (rounds - 1)
+    beyond = device.launch + fixed + (rounds + heat) * batch.span(call.k) * each
+    return sympy.Piecewise((few, m <= FEW), *pieces, (beyond, True))
 
 
 register(
@@ -213,7 +142,8 @@ def _variants() -> Iterator[tuple[str, str, build.Defines]]:
 
 def _hopper() -> Iterator[tuple[str, str, build.Defines]]:
     for (f, x_dtype), rows in itertools.product(_SPREAD, (16, 128)):
-        yield "quick_sm90.cu", "quick_batch", Batch(f, x_dtype, rows, groups_of(f, 1024) or 0, 8, 4).defines
+        batch = quick_batch.Batch(f, x_dtype, rows, groups_of(f, 1024) or 0, 8, 4, 1, 2)
+        yield "quick_sm90.cu", "quick_batch", batch.defines
 
 
 CUDA_VARIANTS, HOPPER_VARIANTS = list(_variants()), list(_hopper())

@@ -46,8 +46,8 @@ __device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, c
 #pragma unroll
         for (int s = 0; s < GROUPS; s++) {
             float factor[2], zero[2];
-            load_scales(factor, stage, s, half, lane);
-            load_zeros(zero, stage, s, half, lane);
+            load_scales(factor, stage + COEF_AT, s, half, lane);
+            load_zeros(zero, stage + ZERO_AT, s, half, lane);
             const Zero less[2] = {zero[0], zero[1]};
             float total[BATCHES][4] = {};
 #pragma unroll

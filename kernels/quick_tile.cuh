@@ -15,13 +15,13 @@ constexpr int COEF_AT = Q * 512, ZERO_AT = COEF_AT + GROUPS * COEF_ROW, STAGE = 
 
 #include "quick.cuh"
 
-// The scales of group s of rows 16 half + lane / 4 and 8 further.
-__device__ __forceinline__ void load_scales(float (&scale)[2], u32 tile, int s, int half, int lane) {
-    load_numbers<SCALE>(scale, tile + COEF_AT + s * COEF_ROW + (lane / 4 * 4 + half * 2) * SCALE_SIZE);
+// The scales of group s of rows 16 half + lane / 4 and 8 further, from where a tile's scales stand.
+__device__ __forceinline__ void load_scales(float (&scale)[2], u32 scales, int s, int half, int lane) {
+    load_numbers<SCALE>(scale, scales + s * COEF_ROW + (lane / 4 * 4 + half * 2) * SCALE_SIZE);
 }
 
 // Their zeros; those of a signed code where none is stored.
-__device__ __forceinline__ void load_zeros(float (&zero)[2], u32 tile, int s, int half, int lane) {
+__device__ __forceinline__ void load_zeros(float (&zero)[2], u32 zeros, int s, int half, int lane) {
     if constexpr (ZERO == 0) zero[0] = zero[1] = 1 << (Q - 1);
-    else load_numbers<ZERO == 1 ? INT16 : FLOAT>(zero, tile + ZERO_AT + s * ZERO_ROW + (lane / 4 * 4 + half * 2) * ZERO_SIZE);
+    else load_numbers<ZERO == 1 ? INT16 : FLOAT>(zero, zeros + s * ZERO_ROW + (lane / 4 * 4 + half * 2) * ZERO_SIZE);
 }

@@ -16,13 +16,18 @@ from .errors import ArgumentError
 
 @dataclass(frozen=True)
 class Device:
-    """`bandwidth` in bytes/s of a long read, `rate` in multiply-adds*2/s of a dense matmul, `launch` in seconds."""
+    """`bandwidth` in bytes/s of a long read, `rate` in multiply-adds*2/s of a dense matmul, `launch` in seconds.
+
+    `arch` of a GPU like "sm_90"; `processors` are a GPU's multiprocessors, or a CPU's threads.
+    """
 
     kind: str
     name: str
     bandwidth: float
     rate: float
     launch: float
+    arch: str
+    processors: int
 
     @staticmethod
     def null(arch: str) -> Device:
@@ -37,7 +42,8 @@ class Device:
         facts = _measured(name)
         assert facts is not None
         bandwidth, launch = facts
-        return Device("cuda", name, bandwidth, _rate(known[arch]["processors"]), launch)
+        processors = known[arch]["processors"]
+        return Device("cuda", name, bandwidth, _rate(processors), launch, arch, processors)
 
     @staticmethod
     def of(device: torch.device | str) -> Device:
@@ -48,10 +54,11 @@ class Device:
             # A datasheet's view: two transfers a memory clock.
             bandwidth = 2 * getattr(p, "memory_clock_rate", 1.5e6) * 1e3 * getattr(p, "memory_bus_width", 256) / 8
             bandwidth, launch = _measured(p.name) or (bandwidth, 3e-6)
-            return Device("cuda", p.name, bandwidth, _rate(p.multi_processor_count), launch)
+            processors, arch = p.multi_processor_count, f"sm_{p.major}{p.minor}"
+            return Device("cuda", p.name, bandwidth, _rate(processors), launch, arch, processors)
         # Measured (CPU.md): one Sapphire Rapids core reads 17 GB/s and does 216 Gop/s of float32 FMA.
         threads = torch.get_num_threads()
-        return Device("cpu", f"cpu, {threads} threads", 17e9 * threads, 216e9 * threads, 5e-6)
+        return Device("cpu", f"cpu, {threads} threads", 17e9 * threads, 216e9 * threads, 5e-6, "cpu", threads)
 
 
 def _rate(processors: int) -> float:

@@ -61,13 +61,13 @@ class Case:
 
 
 # Numbers of rows for which lut.cu, and beyond 8 quick_sm90.cu, have different specialisations, in two shares.
-ODD, EVEN = (1, 3, 4, 33), (2, 5, 8, 70)
+ODD, EVEN = (1, 3, 4, 33), (2, 5, 8, 200)
 CASES = [
     Case("affine", "none", 4, 128, "bfloat16", BFLOAT, ODD),
     Case("affine", "none", 1, 32, "float16", HALF, EVEN),
     Case("affine", "none", 5, 256, "float16", BFLOAT, ODD),
     Case("affine", "none", 8, 0, "float32", HALF, EVEN),
-    Case("affine", "int", 4, 128, "float16", HALF, (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 31, 64, 130)),
+    Case("affine", "int", 4, 128, "float16", HALF, (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 31, 64, 130, 257)),
     Case("affine", "int", 2, 64, "float32", BFLOAT, ODD),
     Case("affine", "int", 3, 32, "bfloat16", HALF, EVEN),
     Case("affine", "int", 8, 128, "float16", BFLOAT, ODD),

@@ -305,7 +305,7 @@ def test_a_signature_that_is_not_the_kernels_is_refused(load, signature):
 
 def test_a_tensor_map_goes_first_and_by_value(load, library):
     tensor_map.cache_clear()
-    made = tensor_map(0x7000, torch.bfloat16, 5, 256, (16, 64))
+    made = tensor_map(0x7000, torch.bfloat16, (5, 256), (16, 64), True)
     # Type, rank, address, sizes, stride in bytes, box, steps, interleave, 128-byte swizzle, promotion, fill.
     assert struct.unpack("16Q", made) == (9, 2, 0x7000, 256, 5, 512, 64, 16, 1, 1, 0, 3, 3, 0, 0, 0)
     load(signature="TPi", kernels_own="TPi").launch((1, 1, 1), 32, 0, (1, 1, 1), 0, (made, 0x1234, -5))

@@ -12,7 +12,7 @@ import nvidia
 import pytest
 import torch
 
-from lqcompile.kernels import build, lut, quick
+from lqcompile.kernels import build, lut, quick, quick_batch
 from lqcompile.types import Format
 
 INT4 = Format("affine", 4, 128, "int", "float16")
@@ -75,18 +75,20 @@ def test_few_rows_numbers_go_from_registers_to_the_tensor_core(f, x_dtype, direc
     assert not ops(found, "LDL", "STL")
 
 
-@pytest.mark.parametrize("columns", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("columns", "warps", "ways", "stages"), [(16, 16, 2, 12), (64, 16, 4, 9), (128, 8, 2, 5), (256, 8, 1, 2)]
+)
 @pytest.mark.parametrize("f", FORMATS, ids=str)
-def test_batches_take_weights_from_registers_by_warpgroups(f, columns, directory):
-    batch = quick.Batch(f, torch.float16, columns, quick.groups_of(f, 1024) or 0, 8, 4)
+def test_batches_take_weights_from_registers_by_warpgroups(f, columns, warps, ways, stages, directory):
+    batch = quick_batch.Batch(f, torch.float16, columns, quick.groups_of(f, 1024) or 0, warps, stages, ways, 1)
     found = code("quick_sm90.cu", "quick_batch", batch.defines, directory)
     products = [found[i] for i in ops(found, "HGMMA")]
-    # Two blocks of 128 inputs in the loop, with a register as first operand and only x by a descriptor.
-    assert len(products) >= 16
+    # A block of 128 inputs in the loop, with a register as first operand and only x by a descriptor.
+    assert len(products) == 8
     assert all(re.search(rf"HGMMA\.64x{columns}x16\.F32 R\d+, R\d+, gdesc", text) for text in products)
-    # The copy engine brings both operands; not one number of a weight is stored.
-    assert ops(found, "UBLKCP") and ops(found, "UTMALDG")
-    assert not ops(found, "STS", "LDL", "STL")
+    # The copy engine brings both operands. No number of a weight is stored: what is, sums and results, comes after.
+    assert ops(found, "UTMALDG") and not ops(found, "LDL", "STL")
+    assert not [i for i in ops(found, "STS", "STSM") if i < ops(found, "HGMMA")[-1]]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lqcompile.kernels import lut, quick, stream
+from lqcompile.kernels import lut, quick, quick_batch, stream
 from lqcompile.kernels.registry import Call
 from lqcompile.types import Format
 
@@ -62,20 +62,31 @@ def test_every_tile_has_one_thread_block_and_everything_fits(f, n, blocks, rows,
 )
 def test_a_batch_is_cut_into_what_fits(f, n, blocks, m):
     k = blocks * 256
-    found = quick.cut_batch(Call("quick", f, n, k), torch.float16, m, 132, 227 << 10)
-    assert found is not None
-    shape, split = found
-    span = -(-(k // 128) // split)
-    assert span * (split - 1) < k // 128 and shape.shared_batch(split) <= 227 << 10
-    assert shape.rows == next((c for c in quick.COLUMNS if c >= m), 128) and shape.warps in (4, 8) and shape.stages >= 3
+    plan = quick_batch.plan(Call("quick", f, n, k), torch.float16, m, 132, 227 << 10)
+    assert plan is not None
+    taken = numpy.zeros((-(-n // 32), m), dtype=int)
+    for part in plan.parts:
+        batch = part.batch
+        assert -(-(k // 128) // batch.split) * (batch.split - 1) < k // 128
+        assert batch.shared <= 227 << 10 and batch.stages >= max(2, batch.ways)
+        assert batch.rows < 2 * m or batch.rows == 16
+        # What all found stands where the ring was.
+        sums = batch.ways * batch.row_tiles * batch.rows * 32 * 4
+        assert sums <= batch.stages * (batch.rows * 256 + batch.row_tiles * batch.stage)
+        height = batch.tiles(n - 32 * part.tile, 1)
+        for unit in range(part.count):
+            row, tile = part.row + unit // height * batch.rows, part.tile + unit % height * batch.row_tiles
+            taken[tile : tile + batch.row_tiles, row : row + batch.rows] += 1
+    assert (taken == 1).all()
 
 
 @given(m=st.integers(1, 1000))
-def test_a_batch_of_the_same_tiles_is_cut_the_same(m):
+def test_what_is_cut_for_whole_tiles_holds_the_rows(m):
     call, gpu = Call("quick", FORMATS[3], 4096, 4096), (132, 227 << 10)
-    whole = quick.whole_tiles(m)
-    assert whole >= m and whole % quick.rows_of_tile(m) == 0 and whole - m < quick.rows_of_tile(m)
-    assert quick.cut_batch(call, torch.float16, m, *gpu) == quick.cut_batch(call, torch.float16, whole, *gpu)
+    whole = quick_batch.whole_tiles(m)
+    assert m <= whole < max(2 * m, 17) and quick_batch.whole_tiles(whole) == whole
+    plan = quick_batch.plan(call, torch.float16, whole, *gpu)
+    assert plan is not None and all(part.row < m for part in plan.parts)
 
 
 @pytest.mark.parametrize("most", [16, 4, 1, 0])

@@ -1,0 +1,228 @@
+"""Batches of rows of x on Hopper: the host's side of quick_sm90.cu."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..types import SCALE_DTYPES
+from . import build, stream
+from .registry import Call
+from .stream import groups_of, stored_groups
+from .tensor_map import tensor_map
+
+SIGNATURE = "TTTTPPiiiiiiii"
+# By rows of x in a tile and (warps that multiply, ways): seconds of a launch without blocks, and of a block of 128
+# inputs of one thread block. Least squares over six shapes of int4 g128 on an H200, most within 10 %.
+TILES = {
+    16: {(16, 2): (1.9e-6, 0.364e-6), (16, 4): (0.6e-6, 0.288e-6), (8, 1): (1.8e-6, 0.475e-6)},
+    32: {(16, 2): (2.4e-6, 0.391e-6), (16, 4): (0.9e-6, 0.297e-6), (8, 1): (1.9e-6, 0.508e-6)},
+    64: {(16, 2): (2e-6, 0.5e-6), (16, 4): (1.5e-6, 0.35e-6), (8, 2): (1.4e-6, 0.33e-6), (8, 1): (1.5e-6, 0.62e-6)},
+    128: {(8, 1): (1.5e-6, 0.81e-6), (8, 2): (2.2e-6, 0.42e-6)},
+    256: {(8, 1): (1.5e-6, 1.45e-6)},
+}
+# Where the tensor cores are the limit, what a block takes more in the long run, when the clocks have come down.
+HEAT = 0.2
+# Thread blocks that cut k: the share of the multiprocessors that clusters of so many reach, and what they take longer.
+SPLITS = {1: (1.0, 0.0), 2: (1.0, 1e-6), 4: (0.88, 4e-6)}
+MOST_STAGES = 12
+
+
+@dataclass(frozen=True)
+class Batch(stream.Specialisation):
+    """One specialisation; `rows` of x in a tile, `warps` that multiply.
+
+    `ways` warpgroups take a tile's blocks of 128 inputs in turn, `split` thread blocks of a cluster cut k.
+    """
+
+    ways: int
+    split: int
+
+    @property
+    def defines(self) -> build.Defines:
+        return (*super().defines, ("LQ_WAYS", self.ways), ("LQ_SPLIT", self.split))
+
+    @property
+    def alone(self) -> bool:
+        """Whether one thread block does a tile, and then others; those that share sums take one each."""
+        return self.ways * self.split == 1
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of 32 rows of w of a thread block."""
+        return self.warps // 2 // self.ways
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: the rings with their barriers, and what waits to be stored."""
+        ring = self.stages * (self.rows * 256 + self.row_tiles * self.stage + 16)
+        # Counted from a multiple of 1024 bytes, where a swizzle begins.
+        return 1024 + ring + self.warps // 4 * min(-(-self.rows // (8 * self.ways * self.split)) * 8, 32) * 128
+
+    def tiles(self, n: int, m: int) -> int:
+        """How many tiles y [m, n] has."""
+        return -(-n // (32 * self.row_tiles)) * -(-m // self.rows)
+
+    def span(self, k: int) -> int:
+        """How many blocks of 128 inputs a thread block takes of each of its tiles."""
+        blocks = -(-k // 128)
+        return -(-blocks // self.split)
+
+    def seconds(self, tiles: int, k: int, sms: int) -> float:
+        """How long `tiles` take on so many multiprocessors: whole rounds of thread blocks, each all of its blocks."""
+        fixed, each = TILES[self.rows][self.warps, self.ways]
+        share, longer = SPLITS[self.split]
+        rounds = -(-tiles * self.split // int(sms * share))
+        # A thread block that takes several tiles fetches the next while it stores one.
+        starts = 1 if self.alone else rounds
+        heat = HEAT * (rounds - 1) if self.rows >= 128 else 0.0
+        return longer + starts * fixed + (rounds + heat) * self.span(k) * each
+
+
+@dataclass(frozen=True)
+class Part:
+    """One launch: `count` tiles, rows of w first, of what is left of y from row tile `tile` of w and row `row` of x."""
+
+    batch: Batch
+    count: int
+    tile: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    parts: tuple[Part, ...]
+    seconds: float
+
+
+def whole_tiles(m: int) -> int:
+    """m, up to whole tiles: what is planned for it depends on no more."""
+    rows = next((c for c in TILES if c >= m), max(TILES))
+    return -(-m // rows) * rows
+
+
+def batches(call: Call, x_dtype: torch.dtype, rows: int, shared: int) -> Iterator[Batch]:
+    """The specialisations for tiles of `rows` rows of x, each with as many stages as fit."""
+    groups, blocks = groups_of(call.format, call.k), -(-call.k // 128)
+    assert groups is not None
+    for (warps, ways), split in itertools.product(TILES[rows], SPLITS if rows < 256 else (1,)):
+        made = (Batch(call.format, x_dtype, rows, groups, warps, n, ways, split) for n in range(MOST_STAGES, 1, -1))
+        fits = next((batch for batch in made if batch.shared <= shared and batch.stages >= ways), None)
+        # An empty last range would have nothing to add.
+        if fits is not None and -(-blocks // split) * (split - 1) < blocks:
+            yield fits
+
+
+def _whole(call: Call, x_dtype: torch.dtype, m: int, sms: int, shared: int, most: int) -> Plan | None:
+    """The fastest plan of one launch with tiles of at most `most` rows of x."""
+    found: Plan | None = None
+    # Tiles of twice the rows only waste; of a quarter of them, small ones are many.
+    for rows in (r for r in TILES if r <= most and r < max(2 * m, 17) and (r >= 128 or r * 4 >= m)):
+        for batch in batches(call, x_dtype, rows, shared):
+            tiles = batch.tiles(call.n, m)
+            seconds = batch.seconds(tiles, call.k, sms)
+            # Clusters wait for a place where all their thread blocks fit: no second round of them.
+            if (batch.split > 1 and tiles * batch.split > sms) or (not batch.alone and tiles >= 1 << 16):
+                continue
+            if found is None or seconds < found.seconds:
+                found = Plan((Part(batch, tiles, 0, 0),), seconds)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(call: Call, x_dtype: torch.dtype, m: int, sms: int, shared: int) -> Plan | None:
+    """How m rows are spread over a GPU of so many multiprocessors and bytes of shared memory; None where none fits.
+
+    Large tiles are the fastest, but a last round of a few of them leaves most multiprocessors idle: where they are
+    fewer than one row of tiles, smaller ones take their place.
+    """
+    found = _whole(call, x_dtype, m, sms, shared, max(TILES))
+    for batch in batches(call, x_dtype, max(TILES), shared):
+        tiles, row = batch.tiles(call.n, m), (m - 1) // batch.rows * batch.rows
+        rounds, left = divmod(tiles, sms)
+        if found is None or not rounds or not 0 < left <= batch.tiles(call.n, 1):
+            continue
+        tile = (batch.tiles(call.n, 1) - left) * batch.row_tiles
+        rest = _whole(replace(call, n=call.n - 32 * tile), x_dtype, m - row, sms, shared, 128)
+        if rest is None:
+            continue
+        seconds = batch.seconds(tiles - left, call.k, sms) + rest.seconds
+        # A second launch must be worth more than what is wrong with these figures.
+        if seconds < 0.96 * found.seconds:
+            last = replace(rest.parts[0], tile=tile, row=row)
+            found = Plan((Part(batch, tiles - left, 0, 0), last), seconds)
+    return found
+
+
+class Launcher:
+    """The launch of one part of a plan on one device."""
+
+    def __init__(self, call: Call, part: Part, device_index: int) -> None:
+        batch = part.batch
+        self.part, self.n, self.shared = part, call.n - 32 * part.tile, batch.shared
+        self.function = build.load_cuda(
+            "quick_sm90.cu", "quick_batch", SIGNATURE, batch.defines, device_index, batch.shared
+        )
+        self.threads = 32 * batch.warps + 128
+        processors = torch.cuda.get_device_properties(device_index).multi_processor_count
+        self.most = processors if batch.alone else part.count
+        self.values = (self.n, call.k, batch.span(call.k), stream.span_of(call))
+        self.pitch, self.maps = call.n, functools.partial(weight_maps, call, max(batch.groups, 1), batch.row_tiles)
+
+    def __call__(self, x: Tensor, parts: Sequence[int], bias: int, out: int, queue: int) -> None:
+        part, batch = self.part, self.part.batch
+        m, k, size = x.shape[0] - part.row, x.shape[1], x.element_size()
+        # What lies beyond x costs as much as x, and nobody looks at it.
+        rows = min(batch.rows, -(-m // 8) * 8)
+        map = tensor_map(x.data_ptr() + part.row * k * size, x.dtype, (m, k), (rows, 64), True)
+        bias, out = bias and bias + 32 * part.tile * size, out + (part.row * self.pitch + 32 * part.tile) * size
+        count = min(part.count, batch.tiles(self.n, m))
+        grid = (batch.split, min(count, self.most), 1)
+        maps = self.maps(part.tile, *parts[:3])
+        values: tuple[int | bytes, ...] = (map, *maps, bias, out, m, *self.values, count, self.pitch, rows * 256)
+        self.function.launch(grid, self.threads, self.shared, (batch.split, 1, 1), queue, values, True)
+
+
+@functools.lru_cache(maxsize=4096)
+def weight_maps(
+    call: Call, groups: int, height: int, tile: int, planes: int, scale: int, zero: int
+) -> tuple[bytes, bytes, bytes]:
+    """How the parts of a packed weight lie in memory from row tile `tile` on, for boxes of `height` row tiles.
+
+    A box is a block of 128 inputs with its `groups` groups.
+    """
+    f, tiles, stored = call.format, -(-call.n // 32) - tile, stored_groups(call)
+
+    def map(at: int, rows: int, size: int, each: int) -> bytes:
+        sizes = (tiles, rows, size // 2)
+        return tensor_map(at + tile * rows * size, torch.int16, sizes, (height, each, size // 2), False)
+
+    codes = map(planes, -(-call.k // 128) * f.bits, 512, f.bits)
+    scales = map(scale, stored, 32 * SCALE_DTYPES[f.scale_dtype].itemsize, groups)
+    return codes, scales, map(zero, stored, 64 if f.zero == "int" else 128, groups) if zero else scales
+
+
+@functools.lru_cache(maxsize=4096)
+def _launchers(call: Call, x_dtype: torch.dtype, m: int, device_index: int) -> tuple[Launcher, ...]:
+    p = torch.cuda.get_device_properties(device_index)
+    if (p.major, p.minor) != (9, 0) or call.k % 8:
+        return ()
+    found = plan(call, x_dtype, m, p.multi_processor_count, p.shared_memory_per_block_optin)
+    return () if found is None else tuple(Launcher(call, part, device_index) for part in found.parts)
+
+
+def run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> bool:
+    """Runs a call; False, and nothing done, where this GPU, this k or this place of x is not for quick_sm90.cu."""
+    index = x.device.index
+    launchers = _launchers(call, x.dtype, whole_tiles(x.shape[0]), index)
+    if not launchers or x.data_ptr() & 15:
+        return False
+    addresses, queue = stream.pointers(parts, call), torch._C._cuda_getCurrentRawStream(index)
+    for launch in launchers:
+        launch(x, addresses, 0 if bias is None else bias.data_ptr(), out.data_ptr(), queue)
+    return True
