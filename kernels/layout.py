@@ -24,6 +24,9 @@ from ..errors import ArgumentError
 from ..formats import GROUPED, code_range, parts_of, validate
 from ..types import SCALE_DTYPES, Format, QWeight
 
+# Codes that are packed at a time.
+PIECE = 1 << 22
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -192,8 +195,11 @@ class Layout:
             raise ArgumentError("form", w.format.form, f"{' | '.join(self.forms)} in layout {self.name}")
         device = device or w.codes.device.type
         order = self.order(device)
-        codes = (w.codes.to(torch.int16) - code_range(w.format)[0]).to(torch.uint8)
-        parts = order.pack(codes, self.widths(w.format, device))
+        low, widths = code_range(w.format)[0], self.widths(w.format, device)
+        # By whole tiles, so that what is needed meanwhile stays below a dense copy of a large weight.
+        some = w.codes.split(max(PIECE // max(w.k, 1) // 32, 1) * 32)
+        pieces = [order.pack((codes.to(torch.int16) - low).to(torch.uint8), widths) for codes in some]
+        parts = [torch.cat(planes) for planes in zip(*pieces, strict=True)]
         dtypes = [dtype for _, dtype in self.shapes(w.format, w.n, w.k, device)[len(parts) :]]
         for dtype, name in zip(dtypes, parts_of(w.format), strict=True):
             parts.append(order.pack_grouped(getattr(w, name).to(dtype), w.format.group).contiguous())

@@ -377,12 +377,11 @@ def test_the_table_shows_the_fastest_right_kernel_of_each_cell():
 
 def test_the_tables_of_the_readme_are_those_of_the_committed_results():
     found = {result["file"]: result for result in bench.committed()}
-    if not found:
-        pytest.skip("no results file in lqcompile/measured yet")
-    shown = re.findall(r"<!-- lq bench: (\S+) (\S+) -->\n+(\|.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert shown, "README shows no `<!-- lq bench: FILE FORMAT,FORMAT... -->` with a table below it"
-    for name, formats, text in shown:
-        assert text == bench.table(found[name], formats=formats.split(",")), name
+    marked = r"<!-- lq bench: (\S+) (\S+) m=(\S+) -->\n+(\|.*?)\n\n"
+    shown = re.findall(marked, (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(shown) == 2, "`<!-- lq bench: FILE FORMAT,FORMAT... m=M,M... -->` with a table below it"
+    for name, formats, ms, text in shown:
+        assert text == bench.table(found[name], [int(m) for m in ms.split(",")], formats.split(",")), name
 
 
 def test_committed_results_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from lqcompile.errors import ArgumentError
 from lqcompile.formats import dequantize
 from lqcompile.kernels import build, ops, registry
 from lqcompile.kernels.layout import LAYOUTS
+from lqcompile.trial import random_weight
 from lqcompile.types import Format
 
 from .conftest import NO_CUDA
@@ -315,6 +316,19 @@ def test_parts_elsewhere_or_out_of_line_are_named(kernel, layout, case):
             else:
                 assert part is away and within_bound(y, x, p.w, None, spec.rounding(p.call, x.dtype))
     assert same(plain, p.run(kernel, x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_packing_needs_less_than_a_dense_copy(layout, bits):
+    n, k = 8192, 4096
+    w = random_weight(Format("affine", bits, 128, "int", "float16"), n, k, DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    parts = LAYOUTS[layout].pack(w)
+    assert torch.cuda.max_memory_allocated() - before < 2 * n * k
+    assert sum(part.nbytes for part in parts) == LAYOUTS[layout].packed_bytes(w.format, n, k, "cuda")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
