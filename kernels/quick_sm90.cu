@@ -3,12 +3,12 @@
 // group's scale, and never pass through shared memory as numbers. x lies there, 128-byte rows in the swizzle that wgmma reads.
 //
 // A thread block takes tiles of 32 * ROW_TILES rows of w and COLUMNS rows of x, block by block of 128 inputs, through a ring
-// of stages that the copy engine fills. Steps of 16 inputs follow each other in the tensor core without a wait: while it
-// takes up to three, the next is unpacked. Where tiles are few, k is cut over WAYS warpgroups and over the thread blocks of a cluster;
-// their sums are added from the first to the last, so results are bit-identical from run to run. Where they are many, a thread
-// block takes one after the other.
+// of stages that the copy engine fills. The tensor core is never waited for: while it takes FLIGHT steps of 16 inputs, the
+// next are unpacked. Where tiles are few, k is cut over WAYS warpgroups and over the thread blocks of a cluster; their sums
+// are added from the first to the last, so results are bit-identical from run to run. Where they are many, a thread block
+// takes one after the other.
 //
-// LQ_* are integers from kernels/quick.py.
+// LQ_* are integers from kernels/quick_batch.py.
 
 #include "ptx.cuh"
 
@@ -20,8 +20,8 @@ constexpr int WAYS = LQ_WAYS;     // warpgroups that take a tile's blocks in tur
 constexpr int SPLIT = LQ_SPLIT;   // thread blocks of a cluster, which cut k
 constexpr int THREADS = WARPS * 32, HEIGHT = WARPS / 4 / WAYS, ROW_TILES = 2 * HEIGHT;
 constexpr int X_HALF = COLUMNS * 128, X_BLOCK = 2 * X_HALF;  // bytes of 64 inputs of all rows, and of 128
-constexpr int FLIGHT = COLUMNS < 128 ? 2 : 1;  // steps of 16 inputs that are given to the tensor core together
-constexpr int SUMS = COLUMNS / 2;  // of a thread
+constexpr int FLIGHT = COLUMNS < 128 ? 2 : 1;                // steps of 16 inputs that go to the tensor core together
+constexpr int SUMS = COLUMNS / 2;                            // of a thread
 // Partial sums of an element, and how many of the sums a thread finds it adds up; rows of y that wait together to be stored.
 constexpr int PARTS = WAYS * SPLIT, OWN = (SUMS + 4 * PARTS - 1) / (4 * PARTS) * 4, OUT_ROWS = OWN < 16 ? 2 * OWN : 32;
 static_assert(2 * OWN % OUT_ROWS == 0, "a share of whole pieces");
@@ -180,7 +180,6 @@ quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
     }
     // Of 64 Ki registers, or of the 60 Ki that 640 threads start with, what the warps that fetch leave.
     if constexpr (WARPS == 8) more_registers<224>();
-    else if constexpr (WARPS == 12) more_registers<144>();
     else if constexpr (WARPS == 16) more_registers<104>();
     const int way = warp / 4 / HEIGHT, tall = warp / 4 % HEIGHT, tile = 2 * tall + warp % 4 / 2, half = warp & 1;
     const int mine = (count - way + WAYS - 1) / WAYS;
