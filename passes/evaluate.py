@@ -1,7 +1,7 @@
 """Evaluates a constant slice on the real tensors, three ways at once, without ever writing to them.
 
 Every tensor on the way carries a `Value`: besides what eager computes in its own low precision, the exact float64
-`shadow` and the algebraic `Form`. Views, writes and subclasses are resolved by functionalization, so that only aten
+`shadow` and the algebraic `Form`. Views, writes and subclasses are resolved by functionalization, so that only functional
 operations are seen here. The activation may stand in as the identity matrix: what a linear function makes of it is
 its weight, scales applied after the matmul included.
 """
@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
     is_traceable_wrapper_subclass,
 )
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import Reason, Refused
 from ..formats import UNIT_ROUNDOFF
@@ -77,20 +78,27 @@ def evaluate(
 
     `trail` is what `compute` notes its way on.
     """
+    trail = trail or Trail()
     flat, rebuild = _flatten(leaves)
-    # Aliases: what we note on a tensor must not be seen on the user's own object.
-    flat = [t.detach() for t in flat]
-    mode, extra = _Evaluation(flat, trail or Trail()), [] if probe is None else [probe]
-
-    def functional(*inner: Tensor) -> list[Tensor]:
-        return list(compute(*rebuild(inner), *inner[len(flat) :]))
-
-    with undisturbed(), mode:
+    with undisturbed():
+        run = _Evaluation(trail)
+        inner = [run.leaf(t) for t in flat] + ([] if probe is None else [run.probe(probe)])
         try:
-            results = torch.func.functionalize(functional, remove="mutations")(*flat, *extra)
+            with _Watch(trail), FunctionalTensorMode():
+                lifted = [FunctionalTensor.to_functional(t) for t in inner]
+                results = list(compute(*rebuild(lifted), *lifted[len(flat) :]))
+                results = [_plain(t) for t in results]
         except RuntimeError as error:
-            raise Refused(Reason.UNSUPPORTED_OP, f"{mode.trail.node}: {error}"[:200]) from error
-    return [mode.weight(t) for t in results]
+            raise Refused(Reason.UNSUPPORTED_OP, f"{trail.node}: {error}"[:200]) from error
+        return [run.weight(t) for t in results]
+
+
+def _plain(t: Tensor) -> Tensor:
+    """What a functional tensor holds, after the writes to it."""
+    if not isinstance(t, FunctionalTensor):
+        return t
+    torch._sync(t)
+    return torch._from_functional_tensor(t.elem)
 
 
 @contextlib.contextmanager
@@ -128,18 +136,70 @@ def _flatten(leaves: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[Sequence
 
 def identity(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Stands for the identity matrix [k, k] while evaluating; it takes no memory."""
-    eye = torch.zeros((), dtype=dtype, device=device).expand(k, k)
-    eye._lq_value = Value(None, None, False, eye=True)
-    return eye
+    return torch.zeros((), dtype=dtype, device=device).expand(k, k)
 
 
-class _Evaluation(TorchDispatchMode):
-    def __init__(self, leaves: Sequence[Tensor], trail: Trail) -> None:
+class _Watch(TorchDispatchMode):
+    """Sees every operation, those without an operand too: randomness is not constant."""
+
+    def __init__(self, trail: Trail) -> None:
         super().__init__()
         self.trail = trail
-        for leaf in leaves:
-            low = not leaf.is_floating_point() or leaf.dtype in FP8
-            leaf._lq_value = Value(*self._leaf(leaf), low)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise Refused(Reason.UNSUPPORTED_OP, f"{self.trail.node}: {func}")
+        if any(is_traceable_wrapper_subclass(t) for t in tree_leaves((args, kwargs))):
+            # Not ours to see through: the subclass turns it into operations that are.
+            return NotImplemented
+        return func(*args, **(kwargs or {}))
+
+
+class Traced(Tensor):
+    """A tensor with what is known of it. Functionalization stands above: only functional operations come here."""
+
+    held: Tensor
+    known: Value
+    run: _Evaluation
+
+    @staticmethod
+    def __new__(cls, real: Tensor, value: Value, run: _Evaluation) -> Traced:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, real.shape, strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype,
+            device=real.device,
+        )  # fmt: skip
+        made.held, made.known, made.run = real, value, run
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        op = Operation.of(func, args, kwargs or {})
+        if any(is_traceable_wrapper_subclass(t) for t in op.tensors):
+            return NotImplemented
+        run = next(t.run for t in op.tensors if isinstance(t, Traced))
+        return run.operation(op)
+
+
+class _Evaluation:
+    """Computes on `Traced` tensors: the real result, and what is known of it."""
+
+    def __init__(self, trail: Trail) -> None:
+        self.trail = trail
+
+    def leaf(self, t: Tensor) -> Traced:
+        """A tensor of the model."""
+        # An alias: what is computed must not be seen on the user's own object.
+        t = t.detach()
+        low = not t.is_floating_point() or t.dtype in FP8
+        return Traced(t, Value(*self._leaf(t), low), self)
+
+    def probe(self, t: Tensor) -> Traced:
+        """The identity matrix."""
+        return Traced(t, Value(None, None, False, eye=True), self)
 
     def _leaf(self, t: Tensor) -> tuple[Tensor | None, Form | None]:
         if not t.is_floating_point():
@@ -153,68 +213,62 @@ class _Evaluation(TorchDispatchMode):
 
     def weight(self, t: Tensor) -> Weight:
         """What is known of a result."""
-        value = self._value(t)
-        shadow = value.shadow if value.shadow is not None else t.to(torch.float64)
-        return Weight(t, shadow, self.form(t), value.lowbit, value.roundoff, self.trail.lost, self.trail.form)
+        value, real = self._value(t), _real(t)
+        shadow = value.shadow if value.shadow is not None else real.to(torch.float64)
+        return Weight(real, shadow, self.form(t), value.lowbit, value.roundoff, self.trail.lost, self.trail.form)
 
     def form(self, x: Any) -> Form:
         """The form of an operand, tensor or number."""
         if not isinstance(x, Tensor):
             return algebra.constant(float(x))
         form = self._value(x).form
-        return form if form is not None else algebra.integer(x)
+        return form if form is not None else algebra.integer(_real(x))
 
     def exact(self, x: Any) -> Tensor:
         """The float64 value of an operand, tensor or number."""
         return rules.as_float(self._shadow(x)) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
 
     def _value(self, t: Tensor) -> Value:
-        value = getattr(t, "_lq_value", None)
-        if value is None:
-            value = t._lq_value = Value(*self._leaf(t), False)
-        return value
+        # What was made from nothing, such as an arange, is a plain tensor.
+        return t.known if isinstance(t, Traced) else Value(*self._leaf(t), False)
+
+    def real(self, x: Any) -> Any:
+        """An operand as eager has it."""
+        return _real(x)
 
     def _shadow(self, x: Any) -> Any:
         shadow = self._value(x).shadow if isinstance(x, Tensor) else None
-        return x if shadow is None else shadow
+        return _real(x) if shadow is None else shadow
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        op = Operation.of(func, args, kwargs or {})
-        if any(is_traceable_wrapper_subclass(t) for t in op.tensors):
-            return NotImplemented
-        if func._schema.is_mutable:
-            raise Refused(Reason.MUTATED, f"{self.trail.node}: {func}")
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise Refused(Reason.UNSUPPORTED_OP, f"{self.trail.node}: {func}")
+    def operation(self, op: Operation) -> Any:
+        """The result of an operation of which at least one operand is Traced. Raises Refused."""
+        if op.func._schema.is_mutable:
+            raise Refused(Reason.MUTATED, f"{self.trail.node}: {op.func}")
         if any(self._value(t).eye for t in op.tensors):
             return self._through(op)
-        out = func(*op.args, **op.kwargs)
+        real = Operation(op.func, op.name, *tree_map(_real, (op.args, op.kwargs)))
+        out = op.func(*real.args, **real.kwargs)
         if isinstance(out, Tensor):
-            # An operation that returns its own argument must not overwrite what is known of it.
-            out = out.view_as(out) if any(out is t for t in op.tensors) else out
-            self._note(op, [out], False)
-        elif isinstance(out, (list, tuple)) and all(isinstance(t, Tensor) for t in out):
-            self._note(op, list(out), True)
+            return self._noted(op, real, [out], False)[0]
+        if isinstance(out, (list, tuple)) and all(isinstance(t, Tensor) for t in out):
+            return type(out)(self._noted(op, real, list(out), True))
         return out
 
     def _through(self, op: Operation) -> Tensor:
         """What an operation makes of the identity matrix that stands for the activation."""
         first = op.args[0]
         if op.name in rules.LAYOUT and isinstance(first, Tensor):
-            out = op.func(*op.args, **op.kwargs)
-            if isinstance(out, Tensor) and out.shape == first.shape:
-                out._lq_value = Value(None, None, False, eye=True)
-                return out
+            real = op.func(*tree_map(_real, op.args), **op.kwargs)
+            if isinstance(real, Tensor) and real.shape == first.shape:
+                return self.probe(real)
         if op.name == "mm" and self._value(first).eye and not self._value(op.args[1]).eye:
-            return self.__torch_dispatch__(torch.ops.aten.alias.default, (), (op.args[1],))
+            return torch.ops.aten.alias.default(op.args[1])
         if op.name == "addmm" and self._value(op.args[1]).eye and not op.kwargs:
-            return self.__torch_dispatch__(torch.ops.aten.add.Tensor, (), (op.args[2], first))
+            return torch.ops.aten.add.Tensor(op.args[2], first)
         raise Refused(Reason.UNSUPPORTED_OP, str(op.func))
 
-    def _note(self, op: Operation, outs: list[Tensor], many: bool) -> None:
-        """Notes what is known of the results of an operation; `many`: it returns a list of them."""
+    def _noted(self, op: Operation, real: Operation, outs: list[Tensor], many: bool) -> list[Tensor]:
+        """The results of an operation with what is known of them; `many`: it returns a list of them."""
         low = any(self._value(t).lowbit for t in op.tensors)
         coarsest = max((self._value(t).roundoff for t in op.tensors), default=0.0)
         moves = op.name not in ("_to_copy", "to") and op.name in rules.LAYOUT | rules.GATHER | rules.JOIN
@@ -224,15 +278,17 @@ class _Evaluation(TorchDispatchMode):
         shadows: list[Tensor | None] = [None] * len(outs)
         if any(o.is_floating_point() for o in outs):
             shadows = self._shadows(op, outs, many)
+        noted: list[Tensor] = []
         for i, (out, shadow) in enumerate(zip(outs, shadows, strict=True)):
             form = None
             if shadow is not None:
-                form = self._combine(op, out, i if many else None, table)
+                form = self._combine(op, real, out, i if many else None, table)
                 if form is None or len(form.terms) > algebra.MAX_TERMS:
                     form = algebra.constant(shadow)
                     self._lose(op)
             own = 0.0 if moves else UNIT_ROUNDOFF.get(out.dtype, 0.0)
-            out._lq_value = Value(shadow, form, low, max(coarsest, own))
+            noted.append(Traced(out, Value(shadow, form, low, max(coarsest, own)), self))
+        return noted
 
     def _lose(self, op: Operation) -> None:
         """Notes where the algebra ends, for whoever asks why."""
@@ -268,22 +324,22 @@ class _Evaluation(TorchDispatchMode):
         return [s.to(torch.float64) if o.is_floating_point() else None for s, o in zip(found, outs, strict=True)]
 
     def _combine(
-        self, op: Operation, out: Tensor, item: int | None, table: tuple[Tensor, Tensor] | None
+        self, op: Operation, real: Operation, out: Tensor, item: int | None, table: tuple[Tensor, Tensor] | None
     ) -> Form | None:
         """The form of one result, or None where it is not understood."""
         shape = tuple(out.shape)
         if op.name == "view_dtype" or (out.dtype in FP8 and op.name not in rules.LAYOUT):
             return self._leaf(out)[1]
         if op.name in rules.GATHER and table is not None:
-            return algebra.lookup(table[0], op.func(table[1], *op.args[1:], **op.kwargs).to(torch.uint8))
+            return algebra.lookup(table[0], op.func(table[1], *real.args[1:], **real.kwargs).to(torch.uint8))
         if op.name in rules.ROUNDING:
             return rules.rounded(out)
         if op.name in rules.LAYOUT | rules.GATHER:
-            return self._moved(op, shape, item)
+            return self._moved(op, real, shape, item)
         rule = rules.RULES.get(op.name)
         return rule(self, op, shape) if rule else None
 
-    def _moved(self, op: Operation, shape: tuple[int, ...], item: int | None) -> Form | None:
+    def _moved(self, op: Operation, real: Operation, shape: tuple[int, ...], item: int | None) -> Form | None:
         form = self.form(op.args[0])
         if op.name in rules.SAME:
             return form
@@ -291,7 +347,11 @@ class _Evaluation(TorchDispatchMode):
         def move(piece: Tensor) -> Tensor:
             if op.name in rules.RESHAPE:
                 return piece.reshape(shape)
-            result = op.func(piece, *op.args[1:], **op.kwargs)
+            result = op.func(piece, *real.args[1:], **real.kwargs)
             return result if item is None else result[item]
 
         return algebra.moved(form, shape, move) if form.terms else None
+
+
+def _real(x: Any) -> Any:
+    return x.held if isinstance(x, Traced) else x

@@ -61,6 +61,9 @@ class Operation:
 class Operands(Protocol):
     """What is known of the operands of an operation."""
 
+    def real(self, x: Any) -> Any:
+        """An operand as eager has it."""
+
     def form(self, x: Any) -> Form:
         """The form of an operand, tensor or number."""
 
@@ -140,7 +143,7 @@ def _join(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def join(pieces: list[Tensor]) -> Tensor:
-        given = list(leaves)
+        given = [e.real(leaf) for leaf in leaves]
         for place, piece in zip(places, pieces, strict=True):
             given[place] = piece
         new_args, new_kwargs = tree_unflatten(given, spec)
@@ -164,9 +167,9 @@ def _pad(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
 
 def _where(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
     if op.name == "masked_fill":
-        condition, a, b = op.args[1], op.args[2], op.args[0]
+        condition, a, b = e.real(op.args[1]), op.args[2], op.args[0]
     else:
-        condition, a, b = op.args
+        condition, a, b = e.real(op.args[0]), *op.args[1:]
     forms = [e.form(a), e.form(b)]
     if not any(f.terms for f in forms):
         return algebra.masked(condition, e.exact(a), e.exact(b), shape)
