@@ -67,6 +67,48 @@ def levels_of(table: Tensor) -> tuple[Tensor, Tensor] | None:
     return (levels, inverse) if levels.numel() <= 256 else None
 
 
+def levelled(values: Tensor) -> Form | None:
+    """A float64 tensor of at most 256 distinct values, each found many times, as a look-up among them."""
+    flat, levels = values.reshape(-1), values.new_empty(0)
+    if flat.numel() < 1024:
+        # Of few values each may be a scale.
+        return None
+    for part in flat.split(1 << 16):
+        if levels.numel():
+            place = torch.searchsorted(levels, part).clamp_(max=levels.numel() - 1)
+            part = part[levels[place] != part]
+        if part.numel():
+            fresh = torch.unique(part[:4096])
+            fresh = fresh if part.numel() <= 4096 or fresh.numel() > 256 else torch.unique(part)
+            levels = torch.unique(torch.cat([levels, fresh]))
+        if levels.numel() > 256:
+            return None
+    # Where each is found less often, they may well be levels times scales, which need fewer bits.
+    if not 2 <= levels.numel() <= flat.numel() // 64 or not bool(torch.isfinite(levels).all()):
+        return None
+    codes = torch.cat([torch.searchsorted(levels, part).to(torch.uint8) for part in flat.split(1 << 16)])
+    codes = codes.view(values.shape)
+    step, origin = levels[1] - levels[0], (levels[0] / (levels[1] - levels[0])).round()
+    place = torch.arange(levels.numel(), dtype=torch.float64, device=levels.device) + origin
+    if origin.abs() <= 2**15 and torch.equal(place * step, levels):
+        return scaled(integer(codes.to(torch.int32) + origin.to(torch.int32)), step, values.shape)
+    return lookup(levels, codes)
+
+
+def whole(form: Form) -> Form:
+    """A form of one plain integer term with its offset counted in the codes, where it is a multiple of a coefficient
+    that is the same everywhere.
+    """
+    if len(form.terms) != 1 or form.terms[0].levels is not None or not is_uniform(form.terms[0].coef):
+        return form
+    coef = form.terms[0].coef
+    extra = form.offset / coef
+    if not bool(((extra == extra.round()) & (extra.abs() <= 2**15) & (extra * coef == form.offset)).all()):
+        return form
+    codes = form.terms[0].codes.expand(form.shape).to(torch.int32) + extra.to(torch.int32)
+    return Form(form.shape, (Term(coef, codes),), torch.zeros_like(coef))
+
+
 def is_uniform(t: Tensor) -> bool:
     """Whether a piece is one number everywhere."""
     return t.numel() == 1
@@ -93,6 +135,9 @@ def joined(forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Ten
     count = max(len(f.terms) for f in forms)
     if count == 0:
         return None
+    if count == 1 and any(not torch.equal(f.offset.reshape(-1)[:1], forms[0].offset.reshape(-1)[:1]) for f in forms):
+        # Codes less 16 beside codes as they are, and the like.
+        forms = [whole(f) for f in forms]
 
     def pieces(found: list[Tensor], padding: list[bool] | None = None) -> Tensor:
         known = [p for p, padded in zip(found, padding or [False] * len(found), strict=True) if not padded]
@@ -116,8 +161,8 @@ def joined(forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Ten
         codes = [nothing if a else f.terms[i].codes.to(dtype) for f, a in zip(forms, absent, strict=True)]
         zero = torch.zeros_like(known[0].coef.reshape(-1)[0])
         coefs = [zero if a else f.terms[i].coef for f, a in zip(forms, absent, strict=True)]
-        whole = join([c.expand(f.shape) for c, f in zip(codes, forms, strict=True)])
-        terms.append(Term(pieces(coefs, absent), whole, levels))
+        joint = join([c.expand(f.shape) for c, f in zip(codes, forms, strict=True)])
+        terms.append(Term(pieces(coefs, absent), joint, levels))
     return Form(tuple(shape), tuple(terms), pieces([f.offset for f in forms]))
 
 
@@ -176,6 +221,20 @@ def product(a: Form, b: Form, a_value: Tensor, b_value: Tensor, shape: Sequence[
         a_is_codes = (rank_a[1], rank_a[0]) >= (rank_b[1], rank_b[0])
         return scaled(a, b_value, shape) if a_is_codes else scaled(b, a_value, shape)
     return scaled(a, b.offset, shape) if a.terms else scaled(b, a.offset, shape)
+
+
+def combined(a: Form, b: Form, a_value: Tensor, b_value: Tensor) -> Form | None:
+    """The product of two codes for each weight, such as signs and magnitudes, as one code: where there are few values.
+
+    Scales may stand in the first, not in the second.
+    """
+    if len(a.terms) != 1 or any(not is_uniform(t.coef) for t in b.terms) or not is_uniform(b.offset):
+        return None
+    if bool((a.offset != 0).any()):
+        return levelled(a_value * b_value)
+    term = a.terms[0]
+    found = levelled(term.values().expand(a.shape) * b_value)
+    return None if found is None else scaled(found, term.coef, a.shape)
 
 
 def added(a: Form, b: Form, shape: Sequence[int]) -> Form:
@@ -251,6 +310,9 @@ def multiplied(left: Form, right: Form, left_value: Tensor, right_value: Tensor)
         lifted = moved(left, (*left.shape, 1), lambda t: t.unsqueeze(-1))
         return summed(scaled(lifted, right_value.unsqueeze(-3), whole), len(whole) - 2, False) if inner <= 8 else None
     whole = (*left.shape, right.shape[-1])
+    if left_value.ndim == 2 and torch.equal(left_value, torch.diag(left_value.diagonal())):
+        # A scale for each row, written as a matrix.
+        return scaled(right, left_value.diagonal().unsqueeze(1), right.shape)
     lifted = moved(right, (*right.shape[:-2], 1, *right.shape[-2:]), lambda t: t.unsqueeze(-3))
     return summed(scaled(lifted, left_value.unsqueeze(-1), whole), len(whole) - 2, False) if inner <= 8 else None
 

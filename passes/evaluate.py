@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import Reason, Refused
 from ..formats import UNIT_ROUNDOFF
-from . import algebra, rules
+from . import algebra, meanings, rules
 from .algebra import Form
-from .constants import Trail
+from .constants import Trail, plain
 from .rules import Operation
 
 FP8 = (
@@ -37,6 +37,10 @@ FP8 = (
     torch.float8_e5m2fnuz,
     torch.float8_e8m0fnu,
 )
+
+
+# Rows of the identity by which the meaning of a fused operation is checked.
+ROWS = 16
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Weight:
     """A weight [n, k] evaluated: in eager's precision, exactly, and as algebra.
 
     lost, near  the node that ended the algebra, and the form that it had before; "" where nothing did
+    fused       the operation on a packed weight that it was read from, "" for none
     """
 
     native: Tensor
@@ -68,6 +73,7 @@ class Weight:
     roundoff: float
     lost: str = ""
     near: str = ""
+    fused: str = ""
 
 
 def evaluate(
@@ -180,6 +186,10 @@ class Traced(Tensor):
         op = Operation.of(func, args, kwargs or {})
         if any(is_traceable_wrapper_subclass(t) for t in op.tensors):
             return NotImplemented
+        # Inside a meaning nothing has taken compositions apart yet.
+        simpler = func.decompose(*args, **(kwargs or {}))
+        if simpler is not NotImplemented:
+            return simpler
         run = next(t.run for t in op.tensors if isinstance(t, Traced))
         return run.operation(op)
 
@@ -193,7 +203,7 @@ class _Evaluation:
     def leaf(self, t: Tensor) -> Traced:
         """A tensor of the model."""
         # An alias: what is computed must not be seen on the user's own object.
-        t = t.detach()
+        t = plain(t).detach()
         low = not t.is_floating_point() or t.dtype in FP8
         return Traced(t, Value(*self._leaf(t), low), self)
 
@@ -215,7 +225,8 @@ class _Evaluation:
         """What is known of a result."""
         value, real = self._value(t), _real(t)
         shadow = value.shadow if value.shadow is not None else real.to(torch.float64)
-        return Weight(real, shadow, self.form(t), value.lowbit, value.roundoff, self.trail.lost, self.trail.form)
+        return Weight(real, shadow, self.form(t), value.lowbit, value.roundoff, self.trail.lost, self.trail.form,
+                      self.trail.fused)  # fmt: skip
 
     def form(self, x: Any) -> Form:
         """The form of an operand, tensor or number."""
@@ -248,11 +259,37 @@ class _Evaluation:
             return self._through(op)
         real = Operation(op.func, op.name, *tree_map(_real, (op.args, op.kwargs)))
         out = op.func(*real.args, **real.kwargs)
+        meaning = meanings.dequantize(op.func)
+        if meaning is not None and isinstance(out, Tensor):
+            meant = meaning(*op.args, **op.kwargs)
+            if meant.shape == out.shape and meant.dtype == out.dtype:
+                # What the operation itself gave is what eager has.
+                return Traced(out, self._value(meant), self)
         if isinstance(out, Tensor):
             return self._noted(op, real, [out], False)[0]
         if isinstance(out, (list, tuple)) and all(isinstance(t, Tensor) for t in out):
             return type(out)(self._noted(op, real, list(out), True))
         return out
+
+    def _weighed(self, op: Operation, meaning: meanings.Meaning) -> Tensor:
+        """The weight of a fused operation, transposed; checked against what that makes of rows of the identity."""
+        weight = meaning(*op.args, **op.kwargs)
+        k = weight.shape[1]
+        rows = torch.arange(0, k, max(1, k // ROWS), device=weight.device)
+        x = torch.zeros((rows.numel(), k), dtype=op.args[0].dtype, device=weight.device)
+        x[torch.arange(rows.numel()), rows] = 1
+        bias = (meanings.operands(op.func._schema.name) or ("", "", ""))[2]
+        names = [a.name for a in op.func._schema.arguments]
+        given = {**dict(zip(names, op.args, strict=False)), **op.kwargs, names[0]: x}
+        given = {name: _real(value) for name, value in given.items() if name != bias}
+        got, native = op.func(**given).to(torch.float64), _real(weight)[:, rows].t().to(torch.float64)
+        # The operation computes in the coarsest dtype of what it takes.
+        coarsest = max(UNIT_ROUNDOFF.get(t.dtype, 0.0) for t in (x, *op.tensors))
+        allowed = 12 * coarsest * native.abs().amax(1, keepdim=True) + 2.0**-24
+        if got.shape != native.shape or not bool(((got - native).abs() <= allowed).all()):
+            raise Refused(Reason.PROOF_FAILED, f"{self.trail.node}: {op.name} means something else")
+        self.trail.fused = op.func._schema.name
+        return torch.ops.aten.t.default(weight)
 
     def _through(self, op: Operation) -> Tensor:
         """What an operation makes of the identity matrix that stands for the activation."""
@@ -265,16 +302,21 @@ class _Evaluation:
             return torch.ops.aten.alias.default(op.args[1])
         if op.name == "addmm" and self._value(op.args[1]).eye and not op.kwargs:
             return torch.ops.aten.add.Tensor(op.args[2], first)
+        meaning = meanings.fused(op.func._schema.name)
+        if meaning is not None and isinstance(first, Traced) and first.known.eye:
+            return self._weighed(op, meaning)
         raise Refused(Reason.UNSUPPORTED_OP, str(op.func))
 
     def _noted(self, op: Operation, real: Operation, outs: list[Tensor], many: bool) -> list[Tensor]:
         """The results of an operation with what is known of them; `many`: it returns a list of them."""
         low = any(self._value(t).lowbit for t in op.tensors)
+        # Integers that were stored under a floating dtype.
+        low |= op.name == "view_dtype" and not outs[0].is_floating_point()
         coarsest = max((self._value(t).roundoff for t in op.tensors), default=0.0)
         moves = op.name not in ("_to_copy", "to") and op.name in rules.LAYOUT | rules.GATHER | rules.JOIN
         table = None
         if op.name in rules.GATHER:
-            low, table = self._gathered(op)
+            low, table = self._gathered(op, outs[0])
         shadows: list[Tensor | None] = [None] * len(outs)
         if any(o.is_floating_point() for o in outs):
             shadows = self._shadows(op, outs, many)
@@ -284,11 +326,17 @@ class _Evaluation:
             if shadow is not None:
                 form = self._combine(op, real, out, i if many else None, table)
                 if form is None or len(form.terms) > algebra.MAX_TERMS:
+                    form = algebra.levelled(shadow) if low and self._makes(op) else None
+                if form is None:
                     form = algebra.constant(shadow)
                     self._lose(op)
             own = 0.0 if moves else UNIT_ROUNDOFF.get(out.dtype, 0.0)
             noted.append(Traced(out, Value(shadow, form, low, max(coarsest, own)), self))
         return noted
+
+    def _makes(self, op: Operation) -> bool:
+        """Whether an operation makes values that were not there before; those of its operands are known already."""
+        return op.name not in rules.LAYOUT | rules.JOIN or any(self.form(t).terms for t in op.tensors)
 
     def _lose(self, op: Operation) -> None:
         """Notes where the algebra ends, for whoever asks why."""
@@ -297,14 +345,18 @@ class _Evaluation:
             self.trail.lost = self.trail.node
             self.trail.form = "table" if any(term.levels is not None for term in terms) else "affine"
 
-    def _gathered(self, op: Operation) -> tuple[bool, tuple[Tensor, Tensor] | None]:
-        """Whether a gather yields low-bit data, and its source as a table if it is one. An index makes no value."""
-        source, *rest = op.tensors
-        value = self._value(source)
+    def _gathered(self, op: Operation, out: Tensor) -> tuple[bool, tuple[Tensor, Tensor] | None]:
+        """Whether a gather yields low-bit data, and its source as a table if it is one.
+
+        An index makes no value, but codes that pick from far fewer values are codes.
+        """
+        source = op.tensors[0]
+        value, coded = self._value(source), any(self._value(t).lowbit for t in op.tensors[1:])
         table = None
-        if value.shadow is not None and not self.form(source).terms:
+        if value.shadow is not None and (not self.form(source).terms or (coded and not value.lowbit)):
             table = algebra.levels_of(value.shadow)
-        return value.lowbit or (table is not None and any(self._value(t).lowbit for t in rest)), table
+        fewer = 2 * source.numel() <= out.numel()
+        return value.lowbit or (coded and (table is not None or fewer)), table
 
     def _shadows(self, op: Operation, outs: list[Tensor], many: bool) -> list[Tensor | None]:
         """The exact float64 results, by the same operation on the exact operands where it is smooth."""
@@ -329,7 +381,8 @@ class _Evaluation:
         """The form of one result, or None where it is not understood."""
         shape = tuple(out.shape)
         if op.name == "view_dtype" or (out.dtype in FP8 and op.name not in rules.LAYOUT):
-            return self._leaf(out)[1]
+            form = self._leaf(out)[1]
+            return form if form is None or form.terms else None
         if op.name in rules.GATHER and table is not None:
             return algebra.lookup(table[0], op.func(table[1], *real.args[1:], **real.kwargs).to(torch.uint8))
         if op.name in rules.ROUNDING:

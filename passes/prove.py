@@ -23,7 +23,8 @@ CHUNK = 1 << 17
 class Recovered:
     """One weight operand understood: a QWeight for each place of the batch, proved against the tensors in `sources`.
 
-    `again` does the same for other tensors in their place; it raises Refused.
+    `again` does the same for other tensors in their place; it raises Refused. `fused` names the library's operation
+    that multiplied by it, "" for none.
     """
 
     weights: tuple[QWeight, ...]
@@ -32,6 +33,7 @@ class Recovered:
     sources: tuple[Tensor, ...]
     again: Callable[[Sequence[Tensor]], Recovered]
     key: str
+    fused: str = ""
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Reader:
             found.append(qweight)
             proofs.append(proof)
         worst = next((p for p in proofs if p != "bit_exact"), "bit_exact")
-        return Recovered(tuple(found), rule, worst, tuple(sources), again, key)
+        return Recovered(tuple(found), rule, worst, tuple(sources), again, key, weights[0].fused)
 
     def _first(self, weight: Weight, key: str, misses: list[NearMiss]) -> tuple[str, QWeight, str]:
         known = self._rules.get(key)

@@ -101,7 +101,12 @@ def _mul(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
     a, b = (e.form(x) for x in op.args[:2])
     if not a.terms and not b.terms:
         return None
-    return algebra.product(a, b, e.exact(op.args[0]), e.exact(op.args[1]), shape)
+    left, right = e.exact(op.args[0]), e.exact(op.args[1])
+    if a.terms and b.terms and left.shape == right.shape:
+        both = algebra.combined(a, b, left, right) or algebra.combined(b, a, right, left)
+        if both is not None:
+            return both
+    return algebra.product(a, b, left, right, shape)
 
 
 def _div(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
@@ -109,6 +114,11 @@ def _div(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
     if op.kwargs.get("rounding_mode") or len(op.args) > 2 or not a.terms:
         return None
     return algebra.divided(a, e.exact(op.args[1]), shape)
+
+
+def _ldexp(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
+    form = e.form(op.args[0])
+    return algebra.scaled(form, torch.exp2(e.exact(op.args[1])), shape) if form.terms else None
 
 
 def _neg(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
@@ -200,6 +210,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm"), _matrix_product),
     "mul": _mul,
     "div": _div,
+    "ldexp": _ldexp,
     "neg": _neg,
     "addcmul": _addcmul,
     "copy": _copy,
