@@ -22,7 +22,10 @@ from .constants import Constants, Slice, Trail, fake_value, run, target_name
 from .evaluate import FP8, evaluate, identity
 from .prove import Reader, Recovered
 
-LOW_BIT = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, *FP8)
+LOW_BIT = (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.bool,
+    *FP8,
+)  # fmt: skip
 _ROUNDERS = {"round", "floor", "trunc", "ceil", "clamp", "quantize", "sign"}
 _EYE_FORMS = {"linear", "matmul", "mm"}
 

@@ -22,12 +22,15 @@ class Compressed(nn.Module):
         self.compressor = BaseCompressor.load_from_registry(format)
         weight = linear(dtype=dtype).weight.data
         state = self.compressor.compress({"weight": weight, **_parameters(weight, args)}, self.scheme)
+        # The shape as a number is what the library itself keeps of it beside its compressed tensors.
+        self.shape = {"weight_shape": torch.Size(state.pop("weight_shape").tolist())} if "weight_shape" in state else {}
         self.names = list(state)
         for name, value in state.items():
             self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        state = self.compressor.decompress({name: getattr(self, name) for name in self.names}, self.scheme)
+        stored = {name: getattr(self, name) for name in self.names}
+        state = self.compressor.decompress(stored | self.shape, self.scheme)
         return F.linear(x, state["weight"].to(x.dtype))
 
 

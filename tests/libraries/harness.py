@@ -18,6 +18,7 @@ from lqcompile.passes import pipeline
 from lqcompile.passes.constants import fake_value
 from lqcompile.passes.pipeline import Outcome
 from lqcompile.passes.plan import Plan
+from lqcompile.prepare import tracing
 from lqcompile.types import Decision
 
 Make = Callable[[], tuple[nn.Module, Any]]
@@ -66,7 +67,7 @@ class Row:
 
 
 def measure(name: str, make: Make) -> Row:
-    """Compiles a model and runs it; a kernel's result is compared with float64 at every element."""
+    """Compiles a model, as `lqcompile.prepare` does, and runs it; kernels are compared with float64 at every element."""
     torch._dynamo.reset()
     row = Row(name)
     with warnings.catch_warnings(), torch.no_grad():
@@ -76,7 +77,8 @@ def measure(name: str, make: Make) -> Row:
         wanted = model(*inputs)
         before = facts(model)
         backend = Backend()
-        got = torch.compile(model, backend=backend)(*inputs)
+        with tracing():
+            got = torch.compile(model, backend=backend)(*inputs)
         if facts(model) != before:
             row.wrong += "a tensor of the model was changed; "
     row.decisions = [d for outcome in backend.outcomes for d in outcome.decisions]
