@@ -26,8 +26,8 @@ Labels = tuple[str, ...]
 class Contraction:
     """y = alpha * (sum of a * b over the labels that y lacks) + beta * bias. A label has one size wherever it stands.
 
-    The bias broadcasts against y, or, with `bias_along_n`, is one number for each output feature. `fused`: the operation
-    reads a packed weight in `b`, whose shape says nothing.
+    The bias broadcasts against y, or, with `bias_along_n`, is one number for each output feature. `fused`: the
+    operation reads a packed weight in `b`, whose shape says nothing.
     """
 
     node: fx.Node

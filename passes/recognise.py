@@ -23,8 +23,8 @@ from .evaluate import FP8, evaluate, identity
 from .prove import Reader, Recovered
 
 LOW_BIT = (
-    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.bool,
-    *FP8,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+    torch.bool, *FP8,
 )  # fmt: skip
 _ROUNDERS = {"round", "floor", "trunc", "ceil", "clamp", "quantize", "sign"}
 _EYE_FORMS = {"linear", "matmul", "mm"}
@@ -150,8 +150,10 @@ class Recogniser:
                     return Refused(Reason.SCALE_FROM_INPUT, operand.name)
                 if leaf not in self.constants and t.dtype != torch.int64:
                     verdict = Refused(Reason.FREE_TENSOR, leaf.name)
-        if verdict.reason is Reason.INPUT_WEIGHT and any(_resumed(n, c) for n in (c.a, c.b)):
-            verdict = Refused(Reason.GRAPH_BREAK, c.node.name)
+        broken = _BREAK.search(c.node.meta.get("stack_trace") or "")
+        coded = verdict.reason is Reason.FREE_TENSOR
+        if broken and (coded or (verdict.reason is Reason.INPUT_WEIGHT and any(_resumed(n, c) for n in (c.a, c.b)))):
+            verdict = Refused(Reason.GRAPH_BREAK, f"{c.node.name}, after line {broken[2]} of {broken[1]}")
         return verdict
 
     def _scalings(
@@ -260,6 +262,10 @@ class Recogniser:
         return compute
 
 
+# The name that Dynamo gives to what follows a graph break.
+_BREAK = re.compile(r"torch_dynamo_resume_in_(\w+?)_at_(\d+)")
+
+
 # torch's own operations on packed weights.
 _PACKED_MM = re.compile(r"_weight_int[48]pack_mm|_scaled_mm|_int_mm|_dyn_quant_matmul")
 
@@ -275,9 +281,7 @@ def _is_packed(t: Any) -> bool:
 
 
 def _resumed(operand: fx.Node, c: Contraction) -> bool:
-    """Whether a matmul after a graph break reads a matrix that was handed over as it is, in the place of a weight."""
-    if "torch_dynamo_resume_in_" not in (c.node.meta.get("stack_trace") or ""):
-        return False
+    """Whether a matmul reads a matrix that was handed over as it is, in the place of a weight."""
     if target_name(c.node) == "linear" and operand is not c.b:
         return False
     while operand.op == "call_method" and operand.target in ("t", "transpose", "to", "contiguous", "float", "half"):

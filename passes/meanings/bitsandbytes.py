@@ -29,7 +29,8 @@ def dequantize_4bit(
     every = torch.arange(16, dtype=torch.uint8, device=A.device)
     ones = torch.ones(1, dtype=torch.float32, device=A.device)
     pairs = (every[::2] * 16 + every[1::2]).view(-1, 1)
-    table = torch.ops.bitsandbytes.dequantize_4bit.default(pairs, ones, blocksize, quant_type, [1, 16], torch.float32).view(16)
+    library = torch.ops.bitsandbytes.dequantize_4bit.default
+    table = library(pairs, ones, blocksize, quant_type, [1, 16], torch.float32).view(16)
     packed = A.reshape(-1).view(torch.uint8)
     codes = torch.stack([packed >> 4, packed & 15], -1).view(-1)
     size = 1

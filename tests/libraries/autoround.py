@@ -26,5 +26,7 @@ def _with(module: str, bits: int) -> Make:
 
 
 CASES: dict[str, Make] = {
-    f"{module} {bits} bits": _with(module, bits) for module in ("qlinear_torch", "qlinear_torch_zp") for bits in (2, 3, 4, 8)
+    f"{module} {bits} bits": _with(module, bits)
+    for module in ("qlinear_torch", "qlinear_torch_zp")
+    for bits in (2, 3, 4, 8)
 }

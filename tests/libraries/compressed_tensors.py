@@ -16,11 +16,13 @@ from .harness import Make, linear, rows
 class Compressed(nn.Module):
     """A layer whose tensors are what the library's compressor makes; forward lets it decompress them."""
 
-    def __init__(self, format: str, args: QuantizationArgs, dtype: torch.dtype) -> None:
+    def __init__(
+        self, format: str, args: QuantizationArgs, dtype: torch.dtype, weight: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self.scheme = QuantizationScheme(targets=["Linear"], weights=args)
         self.compressor = BaseCompressor.load_from_registry(format)
-        weight = linear(dtype=dtype).weight.data
+        weight = linear(dtype=dtype).weight.data if weight is None else weight
         state = self.compressor.compress({"weight": weight, **_parameters(weight, args)}, self.scheme)
         # The shape as a number is what the library itself keeps of it beside its compressed tensors.
         self.shape = {"weight_shape": torch.Size(state.pop("weight_shape").tolist())} if "weight_shape" in state else {}

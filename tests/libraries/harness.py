@@ -60,14 +60,16 @@ class Row:
         kinds: dict[str, int] = {}
         for d in self.decisions:
             miss = f" at {d.near_misses[0].at[:60]}" if d.near_misses else ""
-            text = f"{d.format} {d.rule} {d.proof}" if d.outcome == "rewritten" else f"kept {d.reason and d.reason.name}{miss}"
+            kept = f"kept {d.reason and d.reason.name}{miss}"
+            text = f"{d.format} {d.rule} {d.proof}" if d.outcome == "rewritten" else kept
             kinds[text] = kinds.get(text, 0) + 1
         what = "; ".join(f"{n} x {text}" if n > 1 else text for text, n in kinds.items()) or "no matmul"
-        return f"{self.name:34} {what} | graphs {self.graphs} | {self.worst:.2f} of bound, eager {self.off:.1e} {self.wrong}"
+        errors = f"{self.worst:.2f} of bound, eager {self.off:.1e}"
+        return f"{self.name:34} {what} | graphs {self.graphs} | {errors} {self.wrong}"
 
 
 def measure(name: str, make: Make) -> Row:
-    """Compiles a model, as `lqcompile.prepare` does, and runs it; kernels are compared with float64 at every element."""
+    """Compiles a model, as `prepare` does, and runs it; kernels are compared with float64 at every element."""
     torch._dynamo.reset()
     row = Row(name)
     with warnings.catch_warnings(), torch.no_grad():
