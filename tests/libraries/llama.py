@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lqcompile.errors import Reason
+
 from .harness import Make
 
 QUANTIZED = 14
@@ -178,3 +180,4 @@ CASES: dict[str, Make] = {
     "compressed-tensors 4 bits": _swapped(_compressed),
     "sdnq uint4": _sdnq,
 }  # fmt: skip
+KEPT = {"bitsandbytes nf4": Reason.SLOWER}

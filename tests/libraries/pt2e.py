@@ -9,6 +9,8 @@ import torch.ao.quantization.fx._decomposed
 from torch import nn
 from torch.nn import functional as F
 
+from lqcompile.errors import Reason
+
 from .harness import Make, linear, rows
 
 
@@ -57,15 +59,15 @@ def _group() -> nn.Module:
     return Layer(body, w=w, s=torch.rand(128, 4) * 0.01 + 1e-3, z=torch.zeros(128, 4))
 
 
-def _int8pack() -> nn.Module:
+def _int8pack(dtype: torch.dtype) -> nn.Module:
     w, s = _int8()
-    return Layer(lambda x, w, s: torch._weight_int8pack_mm(x, w, s), w=w, s=s.bfloat16())
+    return Layer(lambda x, w, s: torch._weight_int8pack_mm(x, w, s), w=w, s=s.to(dtype))
 
 
-def _int4pack() -> nn.Module:
+def _int4pack(dtype: torch.dtype) -> nn.Module:
     codes = torch.randint(0, 16, (128, 256), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-    scales = torch.rand(4, 128, 2).mul(0.02).bfloat16()
+    scales = torch.rand(4, 128, 2).mul(0.02).to(dtype)
     return Layer(lambda x, w, s: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 64, s), w=packed, s=scales)
 
 
@@ -74,6 +76,9 @@ CASES: dict[str, Make] = {
     "per channel": lambda: (_channel(False), rows()),
     "per channel zero": lambda: (_channel(True), rows()),
     "per channel group": lambda: (_group(), rows()),
-    "int8pack": lambda: (_int8pack(), rows(dtype=torch.bfloat16)),
-    "int4pack": lambda: (_int4pack(), rows(dtype=torch.bfloat16)),
+    "int8pack": lambda: (_int8pack(torch.bfloat16), rows(dtype=torch.bfloat16)),
+    "int8pack f32": lambda: (_int8pack(torch.float32), rows()),
+    "int4pack": lambda: (_int4pack(torch.bfloat16), rows(dtype=torch.bfloat16)),
+    "int4pack f32": lambda: (_int4pack(torch.float32), rows()),
 }
+KEPT = {"int8pack": Reason.SLOWER, "int4pack": Reason.SLOWER}

@@ -6,6 +6,8 @@ import torch
 from optimum import quanto
 from torch import nn
 
+from lqcompile.errors import Reason
+
 from .harness import Make, linear, rows
 
 
@@ -29,3 +31,4 @@ CASES: dict[str, Make] = {
     "qfloat8 e5m2": _with("qfloat8_e5m2"),
     "qfloat8 bf16": _with("qfloat8", torch.bfloat16),
 }
+KEPT = {"qint8 bf16 bias": Reason.SLOWER}

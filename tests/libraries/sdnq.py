@@ -8,6 +8,8 @@ import sdnq
 import torch
 from torch import nn
 
+from lqcompile.errors import Reason
+
 from .harness import Make, linear, rows
 
 
@@ -38,3 +40,8 @@ CASES: dict[str, Make] = {
     "uint4 codebook": _with("uint4", use_codebook=True),
     "int4 hadamard": _with("int4", use_hadamard=True),
 }  # fmt: skip
+KEPT = {
+    # A low-rank float matrix is added, or a rotation multiplied, inside the weight.
+    "int4 svd": Reason.TOO_MANY_LEVELS,
+    "int4 hadamard": Reason.TOO_MANY_LEVELS,
+}
