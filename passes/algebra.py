@@ -61,10 +61,13 @@ def lookup(levels: Tensor, codes: Tensor) -> Form:
 
 def levels_of(table: Tensor) -> tuple[Tensor, Tensor] | None:
     """The distinct values of a short float64 table and each entry's place among them; None if it is no such table."""
+    shape = table.shape
+    # Of what is expanded, as for a gather, one copy will do.
+    table = table[tuple(slice(0, 1) if step == 0 else slice(None) for step in table.stride())]
     if not 2 <= table.numel() <= MAX_TABLE or not bool(torch.isfinite(table).all()):
         return None
     levels, inverse = torch.unique(table, return_inverse=True)
-    return (levels, inverse) if levels.numel() <= 256 else None
+    return (levels, inverse.expand(shape)) if levels.numel() <= 256 else None
 
 
 def levelled(values: Tensor) -> Form | None:

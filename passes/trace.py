@@ -193,8 +193,8 @@ class Evaluation:
     def _noted(self, op: Operation, concrete: Operation, outs: list[Tensor], many: bool) -> list[Tensor]:
         """The results of an operation with what is known of them; `many`: it returns a list of them."""
         low = any(known(t).lowbit for t in op.tensors)
-        # Integers that were stored under a floating dtype.
-        low |= op.name == "view_dtype" and not outs[0].is_floating_point()
+        # Integers that were stored under a floating dtype, and floats that are rounded to codes in forward.
+        low |= op.name == "round" or (op.name == "view_dtype" and not outs[0].is_floating_point())
         coarsest = max((known(t).roundoff for t in op.tensors), default=0.0)
         moves = op.name not in ("_to_copy", "to") and op.name in rules.LAYOUT | rules.GATHER | rules.JOIN
         table = None
@@ -303,7 +303,9 @@ def leaf_facts(t: Tensor) -> tuple[Tensor | None, Form | None]:
     """The shadow and the form of a tensor that is given; None for integers, which are what they are."""
     if not t.is_floating_point():
         return None, None
-    shadow = t.to(torch.float64)
+    # Of what is expanded, one copy.
+    once = t[tuple(slice(0, 1) if step == 0 else slice(None) for step in t.stride())]
+    shadow = once.to(torch.float64).expand(t.shape)
     if t.dtype in FP8 and t.dtype != torch.float8_e8m0fnu:
         every = torch.arange(256, dtype=torch.uint8, device=t.device).view(t.dtype).to(torch.float64)
         # Codes for NaN are legal where no weight uses them; the final check refuses a weight that does.

@@ -30,22 +30,26 @@ def _nncf(mode: str, **more: int) -> Make:
     return make
 
 
-def _quark(spec: str, **more: object) -> Make:
-    def make() -> tuple[nn.Module, torch.Tensor]:
-        from quark.torch import ModelQuantizer
-        from quark.torch.export.nn.modules.qparamslinear import QParamsLinear
-        from quark.torch.quantization.config import config as c
+class Quark(nn.Module):
+    """Quark's own operation for constants; its layers cut the graph at a switch of DTensor that Dynamo cannot trace."""
 
-        model = nn.Sequential(linear())
-        kind = getattr(c, spec)(**more).to_quantization_spec()
-        layers = c.QLayerConfig if hasattr(c, "QLayerConfig") else c.QuantizationConfig
-        whole = c.QConfig if hasattr(c, "QConfig") else c.Config
-        quantizer = ModelQuantizer(whole(global_quant_config=layers(weight=kind)))
-        model = quantizer.freeze(quantizer.quantize_model(model, [rows()]))
-        assert QParamsLinear
-        return model, rows()
+    def __init__(self, dtype: str, scheme: str, group: int) -> None:
+        super().__init__()
+        import quark.torch.kernel
 
-    return make
+        assert quark.torch.kernel
+        g = torch.Generator().manual_seed(0)
+        shape = (128, 256 // group) if scheme == "per_group" else (128,)
+        low, high = {"uint4": (0, 16), "int8": (-128, 128)}[dtype]
+        self.register_buffer("codes", torch.randint(low, high, (128, 256), generator=g, dtype=torch.int32))
+        self.register_buffer("scale", torch.rand(shape, generator=g) * 0.02 + 1e-3)
+        self.register_buffer("zero", torch.randint(max(low, 0), high, shape, generator=g).float())
+        self.arguments = (1 if scheme == "per_group" else 0, group, scheme)
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = torch.ops.quark.dequantize(self.dtype, self.codes, self.scale, self.zero, *self.arguments)
+        return nn.functional.linear(x, w)
 
 
 def _brevitas(bits: int) -> Make:
@@ -64,9 +68,8 @@ CASES: dict[str, Make] = {
     "nncf int4 asym": _nncf("INT4_ASYM", group_size=64, ratio=1.0, all_layers=True),
     "nncf int8 asym": _nncf("INT8_ASYM"),
     "nncf int8 sym": _nncf("INT8_SYM"),
-    "quark uint4 groups": _quark("Uint4PerGroupSpec", ch_axis=-1, is_dynamic=False, scale_type="float", group_size=64),
-    "quark int8 channel": _quark("Int8PerChannelSpec", symmetric=True, scale_type="float", round_method="half_even",
-                                 ch_axis=0, is_dynamic=False),
+    "quark uint4 groups": lambda: (Quark("uint4", "per_group", 64), rows()),
+    "quark int8 channel": lambda: (Quark("int8", "per_channel", 256), rows()),
     "brevitas 4 bits": _brevitas(4),
     "brevitas 8 bits": _brevitas(8),
 }  # fmt: skip
