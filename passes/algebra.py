@@ -270,18 +270,27 @@ def _full(term: Term, form: Form, shape: tuple[int, ...]) -> Term:
     return replace(term, coef=term.coef.expand(form.shape).expand(shape))
 
 
+def _signed(codes: Tensor) -> Tensor:
+    """Codes in a dtype in which sums and differences of a few hundred of them do not wrap."""
+    return codes.to(torch.int16 if codes.dtype in (torch.uint8, torch.int8) else torch.int32)
+
+
 def _merged(a: Term, b: Term) -> Term | None:
     if a.levels is not None or b.levels is not None:
         return None
     if is_uniform(a.coef) and is_uniform(b.coef):
         x, y = float(a.coef), float(b.coef)
         if x == int(x) and y == int(y) and max(abs(x), abs(y)) <= 256:
+            if max(abs(x), abs(y)) == 1:
+                first = _signed(a.codes) if x > 0 else -_signed(a.codes)
+                second = _signed(b.codes)
+                return Term(torch.ones_like(a.coef.reshape(())), first + second if y > 0 else first - second)
             codes = a.codes.to(torch.int32) * int(x) + b.codes.to(torch.int32) * int(y)
             return Term(torch.ones_like(a.coef.reshape(())), codes)
-        return Term(a.coef, a.codes.to(torch.int32) - b.codes.to(torch.int32)) if x == -y else None
+        return Term(a.coef, _signed(a.codes) - _signed(b.codes)) if x == -y else None
     # Equal coefficients of opposite sign: codes * scale - zero * scale. Planes of a binary code have none such.
     if a.coef.shape == b.coef.shape and torch.equal(a.coef, -b.coef):
-        return Term(a.coef, a.codes.to(torch.int32) - b.codes.to(torch.int32))
+        return Term(a.coef, _signed(a.codes) - _signed(b.codes))
     return None
 
 

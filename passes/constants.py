@@ -230,7 +230,7 @@ class Trail:
     fused: str = ""
 
 
-def run(cut: Slice, leaves: Sequence[torch.Tensor], module: torch.nn.Module, trail: Trail) -> torch.Tensor:
+def run(cut: Slice, leaves: Sequence[torch.Tensor | None], module: torch.nn.Module, trail: Trail) -> torch.Tensor:
     """Evaluates a slice on tensors for its leaves. Raises Refused where an operation fails on them."""
     env: dict[fx.Node, Any] = dict(zip(cut.leaves, leaves, strict=True))
     interpreter = fx.Interpreter(module, garbage_collect_values=False, graph=cut.result.graph)

@@ -242,8 +242,8 @@ class Recogniser:
             taken = len(cut.leaves) - (0 if not c.fused else 1 + (c.bias is not None))
             if c.fused:
                 # In place of x the identity, without a bias: what it gives is the weight, transposed.
-                without = [] if c.bias is None else [None]
-                weight = run(cut, [*leaves[:taken], leaves[-1], *without], module, trail).t()
+                given = (leaves[-1],) if c.bias is None else (leaves[-1], None)
+                weight = run(cut, (*leaves[:taken], *given), module, trail).t()
             else:
                 weight = run(cut, leaves[:taken], module, trail)
             if through:

@@ -30,6 +30,8 @@ FP8 = (
 )
 
 
+# Values that one code picks at most, as in vector quantization.
+WIDEST = 16
 # Rows of the identity by which the meaning of a fused operation is checked.
 ROWS = 16
 
@@ -84,7 +86,7 @@ class Traced(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         op = Operation.of(func, args, kwargs or {})
@@ -231,10 +233,12 @@ class Evaluation:
     def _gathered(self, op: Operation, out: Tensor) -> tuple[bool, tuple[Tensor, Tensor] | None]:
         """Whether a gather yields low-bit data, and its source as a table if it is one.
 
-        An index makes no value, but codes that pick from far fewer values are codes.
+        An index makes no value, but codes that pick from far fewer values are codes; what picks whole rows is not.
         """
         source = op.tensors[0]
-        value, coded = known(source), any(known(t).lowbit for t in op.tensors[1:])
+        value, coded = known(source), any(
+            known(t).lowbit and out.numel() <= WIDEST * t.numel() for t in op.tensors[1:]
+        )
         table = None
         if value.shadow is not None and (not self.form(source).terms or (coded and not value.lowbit)):
             table = algebra.levels_of(value.shadow)

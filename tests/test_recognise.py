@@ -125,6 +125,18 @@ class Masked(nn.Module):
         return F.linear(x, self.weight * self.mask)
 
 
+class Shared(nn.Module):
+    """A float weight whose rows stand in for several: picked by indices, as codes would be."""
+
+    def __init__(self, zero):
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(4, 32) if zero else torch.randn(4, 32))
+        self.register_buffer("index", torch.arange(16) % 4)
+
+    def forward(self, x):
+        return F.linear(x, self.rows[self.index])
+
+
 def pruned():
     return prune.l1_unstructured(nn.Linear(32, 16), "weight", amount=0.5)
 
@@ -140,6 +152,8 @@ NOT_QUANTIZED = {
     "lora_beside": lambda: WithAdapter(False, False),
     "lora_beside_zero": lambda: WithAdapter(False, True),
     "pruned": pruned,
+    "rows_shared": lambda: Shared(False),
+    "rows_shared_zero": lambda: Shared(True),
     "mask_float": lambda: Masked(torch.float32),
     "mask_bool": lambda: Masked(torch.bool),
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(32, 16)),

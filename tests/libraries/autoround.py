@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+import auto_round_extension
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ def _with(module: str, bits: int) -> Make:
     return make
 
 
+assert auto_round_extension
 CASES: dict[str, Make] = {
     f"{module} {bits} bits": _with(module, bits)
     for module in ("qlinear_torch", "qlinear_torch_zp")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
@@ -60,9 +62,12 @@ class Transformers(nn.Module):
 
 
 KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
-CASES: dict[str, Make] = {
+DIFFUSERS: dict[str, Make] = {
     **{f"diffusers {kind}": _diffusers(kind) for kind in KINDS},
     "diffusers Q4_K bf16": _diffusers("Q4_K", torch.bfloat16),
+}
+CASES: dict[str, Make] = {
+    **(DIFFUSERS if importlib.util.find_spec("diffusers") else {}),
     **{
         f"transformers {kind}": lambda kind=kind: (Transformers(kind, torch.float32), rows(512))
         for kind in (*(k for k in KINDS if k not in ("Q5_0", "Q5_1")), "IQ2_XXS", "IQ3_XXS")

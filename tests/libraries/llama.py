@@ -16,6 +16,10 @@ from lqcompile.errors import Reason
 from .harness import Make
 
 QUANTIZED = 14
+# All of them, or none: where one is missing, this module cannot be imported.
+for library in ("accelerate", "auto_round_extension", "awq", "bitsandbytes", "compressed_tensors", "diffusers", "gguf",
+                "gptqmodel", "hqq", "optimum.quanto", "sdnq", "torchao"):  # fmt: skip
+    importlib.import_module(library)
 
 
 def model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
