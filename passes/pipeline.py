@@ -120,8 +120,11 @@ def static_values(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node
     for node, value in zip(placeholders, inputs, strict=True):
         # A tensor of a Python module is no argument of the call; that it is replaced shows as for a parameter.
         origin = getattr(getattr(node, "_dynamo_source", None), "guard_source", None)
-        static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") or origin is GuardSource.GLOBAL
-        if isinstance(value, Tensor) and static and isinstance(fake_value(node), Tensor):
+        static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+        fake = fake_value(node)
+        if origin is GuardSource.GLOBAL and isinstance(fake, Tensor):
+            static = all(isinstance(size, int) for size in fake.shape)
+        if isinstance(value, Tensor) and static and isinstance(fake, Tensor):
             values[node] = value
     for node in module.graph.nodes:
         if node.op == "get_attr":

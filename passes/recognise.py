@@ -111,9 +111,9 @@ class Recogniser:
         return bool(weights) and any(_floating(n) for n in node.all_input_nodes if n not in self.constants)
 
     def _match(self, c: Contraction, misses: list[NearMiss]) -> Match:
-        w = c.a if c.a in self.constants else c.b
+        w = c.a if c.a in self.constants and not c.fused else c.b
         if w not in self.constants:
-            raise self._dynamic(c)
+            raise Refused(Reason.FUSED, c.node.name) if c.fused else self._dynamic(c)
         given = [n for n in (c.a, c.bias) if n is not None] if c.fused else []
         cut = self.constants.slice(c.node if c.fused else w, c.node, given)
         if any(n not in self.constants and n not in given and n is not c.node for n in cut.nodes):
