@@ -116,7 +116,7 @@ class Recogniser:
             raise Refused(Reason.FUSED, c.node.name) if c.fused else self._dynamic(c)
         given = [n for n in (c.a, c.bias) if n is not None] if c.fused else []
         cut = self.constants.slice(c.node if c.fused else w, c.node, given)
-        if any(n not in self.constants and n not in given and n is not c.node for n in cut.nodes):
+        if c.fused and any(n not in self.constants and n not in (*given, c.node) for n in cut.nodes):
             raise Refused(Reason.SCALE_FROM_INPUT, c.node.name)
         values = [self.constants.values[leaf] for leaf in cut.leaves if leaf not in given]
         if not _may_be_low_bit(cut, values):
