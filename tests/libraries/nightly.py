@@ -28,7 +28,7 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
          "nncf", "quark", "brevitas", "llama"),
         ("accelerate optimum-quanto compressed-tensors bitsandbytes gguf diffusers sdnq einops termcolor ninja",
          "--no-deps hqq gptqmodel autoawq auto-round defuser device-smi tokenicer logbar",
-         "py-cpuinfo datasets pypcre nncf zstandard threadpoolctl onnx tabulate dependencies==2.0.1",
+         "py-cpuinfo datasets pypcre nncf zstandard threadpoolctl onnx onnxslim tabulate dependencies==2.0.1",
          "--no-deps amd-quark brevitas unfoldNd"),
     ),
 )  # fmt: skip
@@ -51,6 +51,7 @@ def verdict(library: ModuleType, case: str, row: Row) -> str:
 def main(folder: Path) -> int:
     """Installs and runs the groups one after the other."""
     failed = 0
+    folder.mkdir(parents=True, exist_ok=True)
     pins = folder / "pins.txt"
     import transformers
 
