@@ -2,6 +2,7 @@
 
 from .backend import explain, refresh
 from .errors import ArgumentError, LqError, Reason, StrictError
+from .prepare import prepare
 from .quantize import QuantLinear, quantize
 from .report import Report
 
@@ -13,6 +14,7 @@ __all__ = [
     "Report",
     "StrictError",
     "explain",
+    "prepare",
     "quantize",
     "refresh",
 ]

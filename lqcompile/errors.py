@@ -35,7 +35,7 @@ class Reason(enum.Enum):
     )
     GRAPH_BREAK = (
         "the weight comes out of another graph, from before a graph break",
-        "remove the graph break between dequantization and matmul, or dequantize after it",
+        "remove the graph break between dequantization and matmul, or compile with lqcompile.prepare(model, *inputs)",
     )
     FREE_TENSOR = (
         "the weight is not a parameter or buffer of the model",
@@ -87,7 +87,7 @@ class Reason(enum.Enum):
     )
     FUSED = (
         "a library's own operation multiplies by the packed weight",
-        "nothing to do: it already reads low-bit data; lqcompile does not take such operations apart yet",
+        "nothing to do: it already reads low-bit data, in a way that only the library knows",
     )
     HIGHER_ORDER = (
         "the matmul is inside a higher-order operation (checkpointing, a custom autograd function, cond)",

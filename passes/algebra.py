@@ -61,10 +61,55 @@ def lookup(levels: Tensor, codes: Tensor) -> Form:
 
 def levels_of(table: Tensor) -> tuple[Tensor, Tensor] | None:
     """The distinct values of a short float64 table and each entry's place among them; None if it is no such table."""
+    shape = table.shape
+    # Of what is expanded, as for a gather, one copy will do.
+    table = table[tuple(slice(0, 1) if step == 0 else slice(None) for step in table.stride())]
     if not 2 <= table.numel() <= MAX_TABLE or not bool(torch.isfinite(table).all()):
         return None
     levels, inverse = torch.unique(table, return_inverse=True)
-    return (levels, inverse) if levels.numel() <= 256 else None
+    return (levels, inverse.expand(shape)) if levels.numel() <= 256 else None
+
+
+def levelled(values: Tensor) -> Form | None:
+    """A float64 tensor of at most 256 distinct values, each found many times, as a look-up among them."""
+    flat, levels = values.reshape(-1), values.new_empty(0)
+    if flat.numel() < 1024:
+        # Of few values each may be a scale.
+        return None
+    for part in flat.split(1 << 16):
+        if levels.numel():
+            place = torch.searchsorted(levels, part).clamp_(max=levels.numel() - 1)
+            part = part[levels[place] != part]
+        if part.numel():
+            fresh = torch.unique(part[:4096])
+            fresh = fresh if part.numel() <= 4096 or fresh.numel() > 256 else torch.unique(part)
+            levels = torch.unique(torch.cat([levels, fresh]))
+        if levels.numel() > 256:
+            return None
+    # Where each is found less often, they may well be levels times scales, which need fewer bits.
+    if not 2 <= levels.numel() <= flat.numel() // 64 or not bool(torch.isfinite(levels).all()):
+        return None
+    codes = torch.cat([torch.searchsorted(levels, part).to(torch.uint8) for part in flat.split(1 << 16)])
+    codes = codes.view(values.shape)
+    step, origin = levels[1] - levels[0], (levels[0] / (levels[1] - levels[0])).round()
+    place = torch.arange(levels.numel(), dtype=torch.float64, device=levels.device) + origin
+    if origin.abs() <= 2**15 and torch.equal(place * step, levels):
+        return scaled(integer(codes.to(torch.int32) + origin.to(torch.int32)), step, values.shape)
+    return lookup(levels, codes)
+
+
+def whole(form: Form) -> Form:
+    """A form of one plain integer term with its offset counted in the codes, where it is a multiple of a coefficient
+    that is the same everywhere.
+    """
+    if len(form.terms) != 1 or form.terms[0].levels is not None or not is_uniform(form.terms[0].coef):
+        return form
+    coef = form.terms[0].coef
+    extra = form.offset / coef
+    if not bool(((extra == extra.round()) & (extra.abs() <= 2**15) & (extra * coef == form.offset)).all()):
+        return form
+    codes = form.terms[0].codes.expand(form.shape).to(torch.int32) + extra.to(torch.int32)
+    return Form(form.shape, (Term(coef, codes),), torch.zeros_like(coef))
 
 
 def is_uniform(t: Tensor) -> bool:
@@ -93,6 +138,9 @@ def joined(forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Ten
     count = max(len(f.terms) for f in forms)
     if count == 0:
         return None
+    if count == 1 and any(not torch.equal(f.offset.reshape(-1)[:1], forms[0].offset.reshape(-1)[:1]) for f in forms):
+        # Codes less 16 beside codes as they are, and the like.
+        forms = [whole(f) for f in forms]
 
     def pieces(found: list[Tensor], padding: list[bool] | None = None) -> Tensor:
         known = [p for p, padded in zip(found, padding or [False] * len(found), strict=True) if not padded]
@@ -116,8 +164,8 @@ def joined(forms: Sequence[Form], shape: Sequence[int], join: Callable[[list[Ten
         codes = [nothing if a else f.terms[i].codes.to(dtype) for f, a in zip(forms, absent, strict=True)]
         zero = torch.zeros_like(known[0].coef.reshape(-1)[0])
         coefs = [zero if a else f.terms[i].coef for f, a in zip(forms, absent, strict=True)]
-        whole = join([c.expand(f.shape) for c, f in zip(codes, forms, strict=True)])
-        terms.append(Term(pieces(coefs, absent), whole, levels))
+        joint = join([c.expand(f.shape) for c, f in zip(codes, forms, strict=True)])
+        terms.append(Term(pieces(coefs, absent), joint, levels))
     return Form(tuple(shape), tuple(terms), pieces([f.offset for f in forms]))
 
 
@@ -178,6 +226,20 @@ def product(a: Form, b: Form, a_value: Tensor, b_value: Tensor, shape: Sequence[
     return scaled(a, b.offset, shape) if a.terms else scaled(b, a.offset, shape)
 
 
+def combined(a: Form, b: Form, a_value: Tensor, b_value: Tensor) -> Form | None:
+    """The product of two codes for each weight, such as signs and magnitudes, as one code: where there are few values.
+
+    Scales may stand in the first, not in the second.
+    """
+    if len(a.terms) != 1 or any(not is_uniform(t.coef) for t in b.terms) or not is_uniform(b.offset):
+        return None
+    if bool((a.offset != 0).any()):
+        return levelled(a_value * b_value)
+    term = a.terms[0]
+    found = levelled(term.values().expand(a.shape) * b_value)
+    return None if found is None else scaled(found, term.coef, a.shape)
+
+
 def added(a: Form, b: Form, shape: Sequence[int]) -> Form:
     """The sum of two forms. Integer terms with the same coefficient, such as codes and zero points, become one."""
     shape = tuple(shape)
@@ -208,18 +270,27 @@ def _full(term: Term, form: Form, shape: tuple[int, ...]) -> Term:
     return replace(term, coef=term.coef.expand(form.shape).expand(shape))
 
 
+def _signed(codes: Tensor) -> Tensor:
+    """Codes in a dtype in which sums and differences of a few hundred of them do not wrap."""
+    return codes.to(torch.int16 if codes.dtype in (torch.uint8, torch.int8) else torch.int32)
+
+
 def _merged(a: Term, b: Term) -> Term | None:
     if a.levels is not None or b.levels is not None:
         return None
     if is_uniform(a.coef) and is_uniform(b.coef):
         x, y = float(a.coef), float(b.coef)
         if x == int(x) and y == int(y) and max(abs(x), abs(y)) <= 256:
+            if max(abs(x), abs(y)) == 1:
+                first = _signed(a.codes) if x > 0 else -_signed(a.codes)
+                second = _signed(b.codes)
+                return Term(torch.ones_like(a.coef.reshape(())), first + second if y > 0 else first - second)
             codes = a.codes.to(torch.int32) * int(x) + b.codes.to(torch.int32) * int(y)
             return Term(torch.ones_like(a.coef.reshape(())), codes)
-        return Term(a.coef, a.codes.to(torch.int32) - b.codes.to(torch.int32)) if x == -y else None
+        return Term(a.coef, _signed(a.codes) - _signed(b.codes)) if x == -y else None
     # Equal coefficients of opposite sign: codes * scale - zero * scale. Planes of a binary code have none such.
     if a.coef.shape == b.coef.shape and torch.equal(a.coef, -b.coef):
-        return Term(a.coef, a.codes.to(torch.int32) - b.codes.to(torch.int32))
+        return Term(a.coef, _signed(a.codes) - _signed(b.codes))
     return None
 
 
@@ -251,6 +322,9 @@ def multiplied(left: Form, right: Form, left_value: Tensor, right_value: Tensor)
         lifted = moved(left, (*left.shape, 1), lambda t: t.unsqueeze(-1))
         return summed(scaled(lifted, right_value.unsqueeze(-3), whole), len(whole) - 2, False) if inner <= 8 else None
     whole = (*left.shape, right.shape[-1])
+    if left_value.ndim == 2 and torch.equal(left_value, torch.diag(left_value.diagonal())):
+        # A scale for each row, written as a matrix.
+        return scaled(right, left_value.diagonal().unsqueeze(1), right.shape)
     lifted = moved(right, (*right.shape[:-2], 1, *right.shape[-2:]), lambda t: t.unsqueeze(-3))
     return summed(scaled(lifted, left_value.unsqueeze(-1), whole), len(whole) - 2, False) if inner <= 8 else None
 

@@ -6,6 +6,7 @@ function in `SPELLINGS`; nothing after this file knows how a matmul was written.
 
 from __future__ import annotations
 
+import operator
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 
 from ..errors import Reason, Refused
+from . import meanings
 from .constants import fake_value
 
 Labels = tuple[str, ...]
@@ -24,7 +26,8 @@ Labels = tuple[str, ...]
 class Contraction:
     """y = alpha * (sum of a * b over the labels that y lacks) + beta * bias. A label has one size wherever it stands.
 
-    The bias broadcasts against y, or, with `bias_along_n`, is one number for each output feature.
+    The bias broadcasts against y, or, with `bias_along_n`, is one number for each output feature. `fused`: the
+    operation reads a packed weight in `b`, whose shape says nothing.
     """
 
     node: fx.Node
@@ -37,6 +40,14 @@ class Contraction:
     alpha: float = 1.0
     beta: float = 1.0
     bias_along_n: bool = False
+    fused: bool = False
+
+    def sizes(self, operand: fx.Node) -> dict[str, Any]:
+        """The size of each label of an operand."""
+        if self.fused and operand is self.b:
+            return {"N": fake_value(self.node).shape[-1], "K": fake_value(self.a).shape[-1]}
+        labels = self.a_labels if operand is self.a else self.b_labels
+        return dict(zip(labels, fake_value(operand).shape, strict=True))
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,30 @@ def contraction(node: fx.Node) -> Contraction | None:
     """The contraction that a node computes, None if it is no matmul. Raises Refused for one beyond description."""
     name = _name(node)
     spelling = SPELLINGS.get(name) if name else None
-    if spelling is None or not isinstance(fake_value(node), torch.Tensor):
+    if not isinstance(fake_value(node), torch.Tensor):
         return None
-    return spelling(node, _Arguments(node))
+    return spelling(node, _Arguments(node)) if spelling else _fused(node)
+
+
+def qualified_name(node: fx.Node) -> str:
+    """"namespace::operation" of what a node calls; PyTorch's own functions are taken for operations of aten."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return getattr(packet, "_qualified_op_name", f"aten::{name}") if node.op == "call_function" else ""
+
+
+def _fused(node: fx.Node) -> Contraction | None:
+    """A matmul by a library's operation on a packed weight, where it is known what that means."""
+    names = meanings.operands(qualified_name(node))
+    if names is None:
+        return None
+    args = _Arguments(node)
+    packet: Any = operator.attrgetter(qualified_name(node).replace("::", "."))(torch.ops)
+    order = [argument.name for argument in packet.default._schema.arguments]
+    x, w = (args.tensor(order.index(name), name)[0] for name in names[:2])
+    bias = args.get(order.index(names[2]), (names[2],)) if names[2] else None
+    lead = _letters(fake_value(x).ndim - 1)
+    return Contraction(node, x, w, (*lead, "K"), ("N", "K"), (*lead, "N"), bias, bias_along_n=True, fused=True)
 
 
 def _name(node: fx.Node) -> str | None:

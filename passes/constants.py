@@ -30,6 +30,15 @@ def fake_value(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def plain(t: torch.Tensor) -> torch.Tensor:
+    """A tensor without the behaviour of a class that only overrides functions: tracing has written that out."""
+    overrides = type(t) not in (torch.Tensor, torch.nn.Parameter) and not is_traceable_wrapper_subclass(t)
+    if not overrides:
+        return t
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.detach().as_subclass(torch.Tensor)
+
+
 def target_name(node: fx.Node) -> str:
     """The name of the function or method that a node calls, "" if it has none."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -164,11 +173,13 @@ class Constants:
                 stack.extend(fresh)
         return list(seen)
 
-    def slice(self, result: fx.Node, before: fx.Node) -> Slice:
-        """The slice that computes `result` as node `before` reads it."""
+    def slice(self, result: fx.Node, before: fx.Node, given: Sequence[fx.Node] = ()) -> Slice:
+        """The slice that computes `result` as node `before` reads it; `given` nodes are its last leaves."""
         limit, wanted, stack = self.order[before], {result}, [result]
         while stack:
             node = stack.pop()
+            if node in given:
+                continue
             storage = storage_of(node)
             writers = self._writers.get(storage, ()) if storage is not None else ()
             for source in (*node.all_input_nodes, *(w for w in writers if self.order[w] < limit)):
@@ -176,7 +187,8 @@ class Constants:
                     wanted.add(source)
                     stack.append(source)
         nodes = tuple(sorted(wanted, key=self.order.__getitem__))
-        return Slice(nodes, tuple(n for n in nodes if n in self.values), result)
+        leaves = [n for n in nodes if n in self.values and n not in given]
+        return Slice(nodes, (*leaves, *given), result)
 
     def check_versions(self, cut: Slice) -> None:
         """Raises Refused where a tensor of the slice was written more often, while tracing, than we know of.
@@ -208,15 +220,17 @@ def _version_at_birth(node: fx.Node) -> int:
 class Trail:
     """Which node of a slice is being evaluated, the first at which its algebra was `lost`, and the form it had then.
 
-    form  of `types.FORMS`: "table" where codes were looked up, else "affine"
+    form   of `types.FORMS`: "table" where codes were looked up, else "affine"
+    fused  the operation on a packed weight that the slice ends in, "" for none
     """
 
     node: str = ""
     lost: str = ""
     form: str = ""
+    fused: str = ""
 
 
-def run(cut: Slice, leaves: Sequence[torch.Tensor], module: torch.nn.Module, trail: Trail) -> torch.Tensor:
+def run(cut: Slice, leaves: Sequence[torch.Tensor | None], module: torch.nn.Module, trail: Trail) -> torch.Tensor:
     """Evaluates a slice on tensors for its leaves. Raises Refused where an operation fails on them."""
     env: dict[fx.Node, Any] = dict(zip(cut.leaves, leaves, strict=True))
     interpreter = fx.Interpreter(module, garbage_collect_values=False, graph=cut.result.graph)

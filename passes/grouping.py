@@ -12,6 +12,8 @@ from torch import Tensor
 from ..errors import Reason, Refused
 
 SMALLEST = 4
+# Elements that are looked at at a time: few enough to stay in a cache, in float64.
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,15 @@ def stride_of_change(t: Tensor, k: int) -> int:
     """The largest size of consecutive columns within which a piece [n, k] never changes; k for a uniform one."""
     if t.numel() <= 1 or k <= 1:
         return k
-    changes = (t[:, 1:] != t[:, :-1]).any(0).nonzero().flatten().add_(1).tolist()
-    return math.gcd(k, *changes)
+    size = k
+    for part in t.split(max(1, CHUNK // k)):
+        groups = part.reshape(-1, size)
+        # Most parts only confirm what the first of them says.
+        if size == 1 or bool((groups == groups[:, :1]).all()):
+            continue
+        changes = (part[:, 1:] != part[:, :-1]).any(0).nonzero().flatten().add_(1).tolist()
+        size = math.gcd(size, *changes)
+    return size
 
 
 def find_groups(pieces: Sequence[Tensor], k: int) -> Groups:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch._guards import GuardSource
 
 from ..config import Config
 from ..device import Device
@@ -113,12 +114,17 @@ def _lower(
 
 
 def static_values(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
-    """The real tensors of the graph's parameters, buffers and attributes."""
+    """The real tensors of the graph's parameters, buffers and attributes, and of Python modules."""
     values: dict[fx.Node, Tensor] = {}
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=True):
+        # A tensor of a Python module is no argument of the call; that it is replaced shows as for a parameter.
+        origin = getattr(getattr(node, "_dynamo_source", None), "guard_source", None)
         static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
-        if isinstance(value, Tensor) and static and isinstance(fake_value(node), Tensor):
+        fake = fake_value(node)
+        if origin is GuardSource.GLOBAL and isinstance(fake, Tensor):
+            static = all(isinstance(size, int) for size in fake.shape)
+        if isinstance(value, Tensor) and static and isinstance(fake, Tensor):
             values[node] = value
     for node in module.graph.nodes:
         if node.op == "get_attr":

@@ -18,6 +18,7 @@ from ..kernels import registry
 from ..kernels.layout import LAYOUTS
 from ..kernels.registry import Call
 from ..types import Candidate, Format, Piece, Problem, QWeight
+from . import meanings
 from .constants import fake_value
 from .prove import Recovered
 from .recognise import Match
@@ -111,9 +112,10 @@ class Planner:
         first = match.recovered.weights[0]
         problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), first.n, first.k, first.format, match.dtype, x.device)
         device = self._device or Device.of(problem.device)
-        asked = (m_range, first.n, first.k, first.format, match.dtype, device)
+        fused = match.recovered.fused
+        asked = (m_range, first.n, first.k, first.format, match.dtype, device, fused)
         if asked not in self._choices:
-            self._choices[asked] = _choose(problem, m_range, device)
+            self._choices[asked] = _choose(problem, m_range, device, fused)
         choice = self._choices[asked]
         layout = choice.layout
         # By identity, kept alive here: equal weights of two layers are two packs.
@@ -129,7 +131,7 @@ def _pack(w: QWeight, layout: str) -> Packed:
     return Packed(layout, w.format, w.n, w.k, LAYOUTS[layout].pack(w), w.perm)
 
 
-def _choose(problem: Problem, m_range: tuple[int, int | None], device: Device) -> Choice:
+def _choose(problem: Problem, m_range: tuple[int, int | None], device: Device, fused: str) -> Choice:
     low, high = m_range
     m = sympy.Symbol("m", positive=True, integer=True)
     priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
@@ -153,6 +155,12 @@ def _choose(problem: Problem, m_range: tuple[int, int | None], device: Device) -
                 best = (seconds, Choice(name, found, tuple(candidates), dense))
     if best is None:
         raise Refused(Reason.NO_KERNEL, f"{problem.format} on {device.kind}")
+    theirs = meanings.seconds(fused, priced, device)
+    if theirs is not None:
+        # A library's own kernel is taken over only where ours is faster.
+        own = Candidate(fused, "", theirs)
+        if cost.total(cost.pieces([own], low, high), [own], low, high) <= best[0]:
+            raise Refused(Reason.SLOWER, fused)
     return best[1]
 
 

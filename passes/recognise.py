@@ -17,12 +17,15 @@ from .. import formats
 from ..errors import Reason, Refused
 from ..kernels.registry import X_DTYPES
 from ..types import NearMiss, Where
-from .canonicalize import Contraction, Roles, contraction, roles
+from .canonicalize import Contraction, Roles, contraction, qualified_name, roles
 from .constants import Constants, Slice, Trail, fake_value, run, target_name
 from .evaluate import FP8, evaluate, identity
 from .prove import Reader, Recovered
 
-LOW_BIT = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, *FP8)
+LOW_BIT = (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+    torch.bool, *FP8,
+)  # fmt: skip
 _ROUNDERS = {"round", "floor", "trunc", "ceil", "clamp", "quantize", "sign"}
 _EYE_FORMS = {"linear", "matmul", "mm"}
 
@@ -101,20 +104,21 @@ class Recogniser:
         """Whether an operation that only its library understands makes an activation of one and a packed weight."""
         if node.op != "call_function" or not _floating(node):
             return False
-        packet = getattr(node.target, "overloadpacket", node.target)
-        qualified = getattr(packet, "_qualified_op_name", f"aten::{target_name(node)}")
-        namespace, _, name = qualified.partition("::")
+        namespace, _, name = qualified_name(node).partition("::")
         if namespace in ("lq", "prim", "prims") or (namespace == "aten" and not _PACKED_MM.match(name)):
             return False
         weights = [n for n in node.all_input_nodes if n in self.constants and _is_packed(fake_value(n))]
         return bool(weights) and any(_floating(n) for n in node.all_input_nodes if n not in self.constants)
 
     def _match(self, c: Contraction, misses: list[NearMiss]) -> Match:
-        w = c.a if c.a in self.constants else c.b
+        w = c.a if c.a in self.constants and not c.fused else c.b
         if w not in self.constants:
-            raise self._dynamic(c)
-        cut = self.constants.slice(w, c.node)
-        values = [self.constants.values[leaf] for leaf in cut.leaves]
+            raise Refused(Reason.FUSED, c.node.name) if c.fused else self._dynamic(c)
+        given = [n for n in (c.a, c.bias) if n is not None] if c.fused else []
+        cut = self.constants.slice(c.node if c.fused else w, c.node, given)
+        if c.fused and any(n not in self.constants and n not in (*given, c.node) for n in cut.nodes):
+            raise Refused(Reason.SCALE_FROM_INPUT, c.node.name)
+        values = [self.constants.values[leaf] for leaf in cut.leaves if leaf not in given]
         if not _may_be_low_bit(cut, values):
             raise Refused(Reason.NOT_QUANTIZED, w.name)
         r = roles(c, w)
@@ -126,7 +130,7 @@ class Recogniser:
         self.constants.check_versions(cut)
         output, scalings = self._scalings(c, r, cut, values)
         recovered = self._recover(c, r, w, x, cut, scalings, misses)
-        nodes = (*cut.leaves, *(leaf for s, _ in scalings for leaf in s.leaves))
+        nodes = (*(leaf for s in (cut, *(s for s, _ in scalings)) for leaf in s.leaves if leaf not in given),)
         return Match(where(c.node), c, r, c.node, output, x, c.bias, recovered, nodes)
 
     def _dynamic(self, c: Contraction) -> Refused:
@@ -146,8 +150,10 @@ class Recogniser:
                     return Refused(Reason.SCALE_FROM_INPUT, operand.name)
                 if leaf not in self.constants and t.dtype != torch.int64:
                     verdict = Refused(Reason.FREE_TENSOR, leaf.name)
-        if verdict.reason is Reason.INPUT_WEIGHT and any(_resumed(n, c) for n in (c.a, c.b)):
-            verdict = Refused(Reason.GRAPH_BREAK, c.node.name)
+        broken = _BREAK.search(c.node.meta.get("stack_trace") or "")
+        coded = verdict.reason is Reason.FREE_TENSOR
+        if broken and (coded or (verdict.reason is Reason.INPUT_WEIGHT and any(_resumed(n, c) for n in (c.a, c.b)))):
+            verdict = Refused(Reason.GRAPH_BREAK, f"{c.node.name}, after line {broken[2]} of {broken[1]}")
         return verdict
 
     def _scalings(
@@ -155,7 +161,7 @@ class Recogniser:
     ) -> tuple[fx.Node, list[tuple[Slice, bool]]]:
         """The constant scales that multiply (or, True, divide) the output of a matmul with bare codes."""
         output, found = c.node, []
-        bare = all(not v.is_floating_point() or v.dtype in FP8 for v in values)
+        bare = all(not v.is_floating_point() or v.dtype in FP8 for v in values) and not c.fused
         if not bare or r.batch or len(r.n) != 1 or c.bias is not None or c.alpha != 1:
             return output, []
         from_right = len(r.y_labels) - r.y_labels.index(r.n[0])
@@ -194,18 +200,18 @@ class Recogniser:
     ) -> Recovered:  # fmt: skip
         cuts = [cut, *(s for s, _ in scalings)]
         key = "\n".join([*(s.key for s in cuts), str((r.w_labels, r.batch, r.n, r.k, [d for _, d in scalings]))])
-        nodes = tuple(leaf for s in cuts for leaf in s.leaves)
-        through = is_traceable_wrapper_subclass(fake_value(w))
+        nodes = tuple(leaf for s in cuts for leaf in s.leaves if not (c.fused and leaf in (c.a, c.bias)))
+        through = is_traceable_wrapper_subclass(fake_value(w)) or c.fused
         known = (key, nodes, (c.node.target, fake_value(x).dtype) if through else None)
         seen = self._seen.get(known)
         if seen is None:
             trail = Trail()
             compute, reader = self._computation(c, r, w, cut, scalings, trail), self.reader
-            width, x_dtype = _size(dict(zip(r.w_labels, fake_value(w).shape, strict=True)), r.k), fake_value(x).dtype
+            width, x_dtype = _size(c.sizes(w), r.k), fake_value(x).dtype
 
             def recover(sources: Sequence[Tensor]) -> Recovered:
                 probe = identity(width, x_dtype, sources[0].device) if through else None
-                trail.lost = trail.form = ""
+                trail.lost = trail.form = trail.fused = ""
                 return reader.read(evaluate(compute, sources, probe, trail), sources, key, misses, recover)
 
             try:
@@ -222,23 +228,28 @@ class Recogniser:
         trail: Trail,
     ) -> Callable[..., list[Tensor]]:  # fmt: skip
         """What gives the weights [n, k], one for each place of the batch, from the leaves (and the identity)."""
-        module, through = self.module, is_traceable_wrapper_subclass(fake_value(w))
+        module, through = self.module, is_traceable_wrapper_subclass(fake_value(w)) and not c.fused
         name = target_name(c.node)
         if through and (name not in _EYE_FORMS or w is not c.b or len(r.w_labels) != 2):
             raise Refused(Reason.UNSUPPORTED_SPELLING, f"{name} with a {type(fake_value(w)).__name__}")
         dropped = [i for i, label in enumerate(r.w_labels) if label[-1] == "!"]
         kept = [label for label in r.w_labels if label[-1] != "!"]
         order = [kept.index(label) for label in (*r.batch, *r.n, *r.k)]
-        sizes = dict(zip(r.w_labels, fake_value(w).shape, strict=True))
+        sizes = c.sizes(w)
         shape = [_size(sizes, labels) for labels in (r.batch, r.n, r.k)]
 
         def compute(*leaves: Tensor) -> list[Tensor]:
-            taken = len(cut.leaves)
-            weight = run(cut, leaves[:taken], module, trail)
+            taken = len(cut.leaves) - (0 if not c.fused else 1 + (c.bias is not None))
+            if c.fused:
+                # In place of x the identity, without a bias: what it gives is the weight, transposed.
+                given = (leaves[-1],) if c.bias is None else (leaves[-1], None)
+                weight = run(cut, (*leaves[:taken], *given), module, trail).t()
+            else:
+                weight = run(cut, leaves[:taken], module, trail)
             if through:
                 # A subclass multiplies as it likes: what it makes of the identity matrix is its weight, transposed.
                 weight = (F.linear(leaves[-1], weight) if name == "linear" else torch.matmul(leaves[-1], weight)).t()
-            else:
+            elif not c.fused:
                 weight = weight.squeeze(dropped) if dropped else weight
                 weight = weight.permute(order)
             weight = weight.reshape(shape)
@@ -249,6 +260,10 @@ class Recogniser:
             return [weight.select(0, i) for i in range(shape[0])]
 
         return compute
+
+
+# The name that Dynamo gives to what follows a graph break.
+_BREAK = re.compile(r"torch_dynamo_resume_in_(\w+?)_at_(\d+)")
 
 
 # torch's own operations on packed weights.
@@ -266,9 +281,7 @@ def _is_packed(t: Any) -> bool:
 
 
 def _resumed(operand: fx.Node, c: Contraction) -> bool:
-    """Whether a matmul after a graph break reads a matrix that was handed over as it is, in the place of a weight."""
-    if "torch_dynamo_resume_in_" not in (c.node.meta.get("stack_trace") or ""):
-        return False
+    """Whether a matmul reads a matrix that was handed over as it is, in the place of a weight."""
     if target_name(c.node) == "linear" and operand is not c.b:
         return False
     while operand.op == "call_method" and operand.target in ("t", "transpose", "to", "contiguous", "float", "half"):

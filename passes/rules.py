@@ -61,6 +61,9 @@ class Operation:
 class Operands(Protocol):
     """What is known of the operands of an operation."""
 
+    def real(self, x: Any) -> Any:
+        """An operand as eager has it."""
+
     def form(self, x: Any) -> Form:
         """The form of an operand, tensor or number."""
 
@@ -98,7 +101,12 @@ def _mul(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
     a, b = (e.form(x) for x in op.args[:2])
     if not a.terms and not b.terms:
         return None
-    return algebra.product(a, b, e.exact(op.args[0]), e.exact(op.args[1]), shape)
+    left, right = e.exact(op.args[0]), e.exact(op.args[1])
+    if a.terms and b.terms and left.shape == right.shape:
+        both = algebra.combined(a, b, left, right) or algebra.combined(b, a, right, left)
+        if both is not None:
+            return both
+    return algebra.product(a, b, left, right, shape)
 
 
 def _div(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
@@ -106,6 +114,11 @@ def _div(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
     if op.kwargs.get("rounding_mode") or len(op.args) > 2 or not a.terms:
         return None
     return algebra.divided(a, e.exact(op.args[1]), shape)
+
+
+def _ldexp(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
+    form = e.form(op.args[0])
+    return algebra.scaled(form, torch.exp2(e.exact(op.args[1])), shape) if form.terms else None
 
 
 def _neg(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
@@ -140,7 +153,7 @@ def _join(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def join(pieces: list[Tensor]) -> Tensor:
-        given = list(leaves)
+        given = [e.real(leaf) for leaf in leaves]
         for place, piece in zip(places, pieces, strict=True):
             given[place] = piece
         new_args, new_kwargs = tree_unflatten(given, spec)
@@ -164,9 +177,9 @@ def _pad(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
 
 def _where(e: Operands, op: Operation, shape: tuple[int, ...]) -> Form | None:
     if op.name == "masked_fill":
-        condition, a, b = op.args[1], op.args[2], op.args[0]
+        condition, a, b = e.real(op.args[1]), op.args[2], op.args[0]
     else:
-        condition, a, b = op.args
+        condition, a, b = e.real(op.args[0]), *op.args[1:]
     forms = [e.form(a), e.form(b)]
     if not any(f.terms for f in forms):
         return algebra.masked(condition, e.exact(a), e.exact(b), shape)
@@ -197,6 +210,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm"), _matrix_product),
     "mul": _mul,
     "div": _div,
+    "ldexp": _ldexp,
     "neg": _neg,
     "addcmul": _addcmul,
     "copy": _copy,

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..errors import LqError
 from ..formats import dequantize
-from .constants import Constants, fake_value
+from .constants import Constants, fake_value, plain
 from .evaluate import undisturbed
 from .lower import Lowered
 from .plan import Plan
@@ -53,7 +53,7 @@ def _probe(
     packed = (n for n in lowered.module.graph.nodes if n.op == "placeholder")
     with undisturbed():
         x = _random_x(plan)
-        old = {match.x: x, **constants.values}
+        old = {match.x: x, **{n: plain(t) for n, t in constants.values.items()}}
         new: dict[fx.Node, Any] = {nodes_now[match.x]: x, **dict(zip(packed, lowered.packed, strict=False))}
         if match.bias is not None:
             bias, shape = constants.values.get(match.bias), _bias_shape(plan)
@@ -116,10 +116,12 @@ def _between(x: fx.Node, bias: fx.Node | None, output: fx.Node, constants: Const
     wanted, stack = {output}, [output]
     while stack:
         node = stack.pop()
-        for source in constants.slice(node, node).nodes if node in constants else node.all_input_nodes:
-            if source not in wanted and source not in (x, bias) and source not in constants.values:
-                wanted.add(source)
-                stack.append(source)
+        for operand in node.all_input_nodes:
+            # As this node reads it: what is written into a constant before, too.
+            for source in constants.slice(operand, node).nodes if operand in constants else (operand,):
+                if source not in wanted and source not in (x, bias) and source not in constants.values:
+                    wanted.add(source)
+                    stack.extend([] if operand in constants else [source])
     return [n for n in output.graph.nodes if n in wanted]
 
 

@@ -25,7 +25,7 @@ def read(weight: Weight) -> QWeight:
         raise Refused(Reason.TOO_MANY_LEVELS, "codes")
     if any(max(-int(t.codes.min()), int(t.codes.max())) > 2**15 for t in terms if t.codes.numel()):
         raise Refused(Reason.TOO_MANY_LEVELS, "codes")
-    fine = sorted(terms, key=lambda t: stride_of_change(t.codes, k))
+    fine = sorted(terms, key=lambda t: stride_of_change(t.codes, k)) if len(terms) > 1 else terms
     codes, coef, offset = fine[0].codes.to(torch.int32), fine[0].coef, weight.form.offset
     if len(fine) > 1 and stride_of_change(fine[1].codes, k) < 4 <= k:
         raise Refused(Reason.TOO_MANY_LEVELS, "a sum of two code tensors")

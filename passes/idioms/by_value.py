@@ -23,6 +23,7 @@ from . import affine
 
 RANK = 90
 LEVELS = 16
+SOME = 16
 GROUPS = (256, 128, 64, 32, 16, 8)
 
 
@@ -34,9 +35,11 @@ def read(weight: Weight) -> QWeight:
         raise Refused(Reason.NOT_QUANTIZED, "one value")
     best: tuple[int, int, Tensor] | None = None
     for group in (k, *(g for g in GROUPS if g < k and k % g == 0)):
+        # To sort all would take seconds: a few rows tell most that are no such weight.
+        if _levels(w[:SOME].reshape(-1, group).sort(-1).values) > LEVELS:
+            continue
         ordered = w.reshape(n, k // group, group).sort(-1).values
-        fresh = (ordered[..., 1:] != ordered[..., :-1]).to(torch.int32)
-        most = int(fresh.sum(-1).max()) + 1
+        most = _levels(ordered)
         if most > LEVELS:
             continue
         found = _evenly(w, ordered, group)
@@ -49,6 +52,11 @@ def read(weight: Weight) -> QWeight:
     if best is None:
         raise Refused(Reason.TOO_MANY_LEVELS, "values")
     return _tabled(w, best[2], best[1])
+
+
+def _levels(ordered: Tensor) -> int:
+    """The most distinct values that a row of sorted ones holds."""
+    return int((ordered[..., 1:] != ordered[..., :-1]).sum(-1).max()) + 1
 
 
 def _evenly(w: Tensor, ordered: Tensor, group: int) -> Form | None:
