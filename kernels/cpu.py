@@ -1,0 +1,123 @@
+"""The host's side of gemm.h: which library runs a call on a CPU, what it is told, and its bounds and costs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from ..device import Device
+from ..errors import Reason, Refused
+from ..formats import UNIT_ROUNDOFF, code_range, parts_of
+from ..types import SCALE_DTYPES, Format, Problem, Rounding
+from . import dense, native
+from .layout import LAYOUTS
+from .registry import Call
+
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int16: 3}
+# lq_gemm's: six pointers, m, n, k, block, span, groups, three types, low, threads.
+SIGNATURE = (*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 6, *[ctypes.c_int] * 3, ctypes.c_float, ctypes.c_int)
+
+
+def digits_of(x_dtype: torch.dtype) -> int:
+    """How many digits of 8 bits stand for x: its own precision, but for outliers within a block."""
+    return 3 if x_dtype == torch.float32 else 2
+
+
+def block_of(format: Format, k: int) -> int | None:
+    """Inputs that share a scale of x and one of w; None where the kernels take no such groups."""
+    if format.group in (32, 64):
+        return format.group
+    return 128 if format.group % 128 == 0 or format.group == k else None
+
+
+def refusal(call: Call) -> str | None:
+    """What of a call, or of this machine, the kernels do not take."""
+    if block_of(call.format, call.k) is None:
+        return "groups of 32, 64, a multiple of 128, or all of k"
+    if not native.isas():
+        return "x86-64 with AVX2, on Linux"
+    if not native.has_compiler():
+        return "a machine with a C++ compiler"
+    return None
+
+
+def rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
+    """What gemm.h does to x, w and y. Dots are exact; each block's is scaled and added in float32."""
+    block, digits = block_of(call.format, call.k), digits_of(x_dtype)
+    # A digit's range is not quite a power of two.
+    step = (1 + 2.0**-6) * 2.0 ** (1 - 8 * digits)
+    return Rounding(2.0**-22, 2.0**-23, UNIT_ROUNDOFF[x_dtype], step, block or 1)
+
+
+class Launcher:
+    """One call's launches with x of one dtype by one library. Raises what `native.load` raises."""
+
+    def __init__(self, source: str, call: Call, x_dtype: torch.dtype, isa: native.Isa) -> None:
+        f, layout = call.format, LAYOUTS[call.layout]
+        binary, block = f.form == "binary", block_of(f, call.k)
+        defines = (
+            ("LQ_BINARY", int(binary)),
+            ("LQ_BITS", f.bits),
+            ("LQ_DIGITS", digits_of(x_dtype)),
+            ("LQ_QUADS", int(call.layout == "lut")),
+        )
+        assert block is not None
+        self.entry: Any = native.load(source, isa, defines).lq_gemm
+        self.entry.argtypes, self.entry.restype = SIGNATURE, ctypes.c_int
+        dtypes = [dtype for _, dtype in layout.shapes(f, call.n, call.k, "cpu")]
+        groups = layout.order("cpu").grouped_shape(call.n, call.k // f.group, f.group, ())[1]
+        span = -(-f.group // 128) if block == 128 else 1
+        self.sizes = (call.n, call.k, block, span, groups, TYPES[x_dtype], TYPES[SCALE_DTYPES[f.scale_dtype]])
+        self.factor = len(parts_of(f)) == 2
+        self.low = (TYPES[dtypes[2]] if self.factor else 0, float(-code_range(f)[0]))
+        self.names = layout.names(f, "cpu")
+
+    def __call__(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, out: Tensor, threads: int) -> None:
+        """Writes y to `out`. Raises MemoryError where there is none for x's digits."""
+        zero = parts[2].data_ptr() if self.factor else None
+        failed = self.entry(
+            x.data_ptr(), parts[0].data_ptr(), parts[1].data_ptr(), zero, None if bias is None else bias.data_ptr(),
+            out.data_ptr(), x.shape[0], *self.sizes, *self.low, threads,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for the digits of x {tuple(x.shape)}")
+
+
+@functools.lru_cache(maxsize=4096)
+def launcher(source: str, call: Call, x_dtype: torch.dtype) -> Launcher | None:
+    """The launches of a call by the best instructions of this CPU; None, with a warning, where nothing compiles."""
+    try:
+        return Launcher(source, call, x_dtype, native.isas()[0])
+    except Refused as refused:
+        _warn(refused.reason, str(refused))
+        return None
+
+
+@functools.cache
+def _warn(reason: Reason, detail: str) -> None:
+    """Once for each way in which it fails."""
+    warnings.warn(f"lqcompile: {reason.sentence}: {detail}\n{reason.advice}", stacklevel=5)
+
+
+def run(
+    source: str, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor
+) -> None:
+    """y[m, n] = x[m, k] @ w[n, k].T + bias[n] into `out`, on torch's threads; dense where nothing compiles."""
+    found = launcher(source, call, x.dtype)
+    if found is None:
+        return dense.run(x, parts, bias, call, out)
+    found(x, parts, bias, out, torch.get_num_threads())
+
+
+def seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
+    """A read of the packed weight or the arithmetic, whichever takes longer."""
+    size, m = problem.n * problem.k, problem.m
+    read = LAYOUTS[layout].packed_bytes(problem.format, problem.n, problem.k, "cpu") / device.bandwidth
+    return device.launch + sympy.Max(1.1 * read, 2.0 * m * size / device.rate)
