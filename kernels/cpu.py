@@ -62,14 +62,14 @@ class Launcher:
     def __init__(self, source: str, call: Call, x_dtype: torch.dtype, isa: native.Isa) -> None:
         f, layout = call.format, LAYOUTS[call.layout]
         binary, block = f.form == "binary", block_of(f, call.k)
-        defines = (
+        self.defines = (
             ("LQ_BINARY", int(binary)),
             ("LQ_BITS", f.bits),
             ("LQ_DIGITS", digits_of(x_dtype)),
             ("LQ_QUADS", int(call.layout == "lut")),
         )
         assert block is not None
-        self.entry: Any = native.load(source, isa, defines).lq_gemm
+        self.entry: Any = native.load(source, isa, self.defines).lq_gemm
         self.entry.argtypes, self.entry.restype = SIGNATURE, ctypes.c_int
         dtypes = [dtype for _, dtype in layout.shapes(f, call.n, call.k, "cpu")]
         groups = layout.order("cpu").grouped_shape(call.n, call.k // f.group, f.group, ())[1]

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ..errors import ArgumentError
 from ..formats import GROUPED, code_range, parts_of, validate
 from ..types import SCALE_DTYPES, Format, QWeight
+from . import pages
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,8 @@ class Layout:
             parts.append(order.pack_grouped(getattr(w, name).to(dtype), w.format.group).contiguous())
         if w.table is not None:
             parts.append(w.table.to(torch.float32).contiguous())
+        if w.codes.device.type == device == "cpu":
+            parts[0] = pages.copy(parts[0])
         return parts
 
     def unpack(
