@@ -86,7 +86,6 @@ inline void pair(const Job& job, const Digits& x, int64_t start, int64_t first) 
   alignas(64) int32_t dots[2 * D * 256];
   const int64_t tiles = job.tiles(), last = job.row_tiles() - 1;
   const int64_t row_tile[2] = {first, first < last ? first + 1 : last};
-  const int per = static_cast<int>(job.block / 32);
   for (int half = 0; half < 2; half++) std::memset(y[half], 0, x.rows * 64);
   for (int64_t tile = 0; tile < tiles; tile++) {
     for (int p = 0; p < PLANES; p++) {
@@ -100,12 +99,12 @@ inline void pair(const Job& job, const Digits& x, int64_t start, int64_t first) 
           for (int i = 0; i < 8; i++) store(w[half] + 512 * c + 64 * i, codes[i]);
         }
       }
-      for (int c = 0; c < 4; c += per) {
-        const int64_t block = (tile * 4 + c) / per;
+      for (int c = 0; c < 4; c += PER) {
+        const int64_t block = (tile * 4 + c) / PER;
         const Factors factors[2] = {Factors(job, job.group(row_tile[0], block), p, 0),
                                     Factors(job, job.group(row_tile[1], block), p, 0)};
         for (int64_t row = 0; row < x.rows; row += 16) {
-          products(x.digits + x.place(tile, row, 0) + x.chunk(c), x.tall, w[0] + 512 * c, per == 4 ? 2 : 1, dots);
+          products(x.digits + x.place(tile, row, 0) + x.chunk(c), x.tall, w[0] + 512 * c, PER == 4 ? 2 : 1, dots);
           const int rows = static_cast<int>(x.rows - row < 16 ? x.rows - row : 16);
           for (int r = 0; r < rows; r++) {
             const float* fact = x.fact(block, row + r);
@@ -128,7 +127,7 @@ inline void pair(const Job& job, const Digits& x, int64_t start, int64_t first) 
 
 // All of w for one chunk of x, shared among the threads of a parallel region.
 inline void batch(const Job& job, const Digits& x, int64_t start) {
-  const Tiles tiles(static_cast<int>(x.tall), job.block == 32 ? 32 : 64);
+  const Tiles tiles(static_cast<int>(x.tall), PER == 1 ? 32 : 64);
   const int64_t row_tiles = job.row_tiles();
 #pragma omp for schedule(static)
   for (int64_t first = 0; first < row_tiles; first += 2) pair(job, x, start, first);

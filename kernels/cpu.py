@@ -21,13 +21,13 @@ from .layout import LAYOUTS
 from .registry import Call
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int16: 3}
-# lq_gemm's: six pointers, m, n, k, block, span, groups, three types, low, threads.
-SIGNATURE = (*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 6, *[ctypes.c_int] * 3, ctypes.c_float, ctypes.c_int)
+# lq_gemm's: six pointers, m, n, k, span, groups, three types, low, threads.
+SIGNATURE = (*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 5, *[ctypes.c_int] * 3, ctypes.c_float, ctypes.c_int)
 
 
-def digits_of(x_dtype: torch.dtype) -> int:
+def digits_of(call: Call, x_dtype: torch.dtype) -> int:
     """How many digits of 8 bits stand for x: its own precision, but for outliers within a block."""
-    return 3 if x_dtype == torch.float32 else 2
+    return 3 if x_dtype == torch.float32 or call.layout == "lut" else 2
 
 
 def block_of(format: Format, k: int) -> int | None:
@@ -50,10 +50,10 @@ def refusal(call: Call) -> str | None:
 
 def rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
     """What gemm.h does to x, w and y. Dots are exact; each block's is scaled and added in float32."""
-    block, digits = block_of(call.format, call.k), digits_of(x_dtype)
-    # A digit's range is not quite a power of two.
-    step = (1 + 2.0**-6) * 2.0 ** (1 - 8 * digits)
-    return Rounding(2.0**-22, 2.0**-23, UNIT_ROUNDOFF[x_dtype], step, block or 1)
+    # Three digits hold 24 bits, of which look-ups leave 22. A digit's range is not quite a power of two.
+    bits = 16 if digits_of(call, x_dtype) == 2 else 22 if call.layout == "lut" else 24
+    step = (1 + 2.0**-6) * 2.0 ** (1 - bits)
+    return Rounding(2.0**-22, 2.0**-23, UNIT_ROUNDOFF[x_dtype], step, block_of(call.format, call.k) or 1)
 
 
 class Launcher:
@@ -65,8 +65,10 @@ class Launcher:
         self.defines = (
             ("LQ_BINARY", int(binary)),
             ("LQ_BITS", f.bits),
-            ("LQ_DIGITS", digits_of(x_dtype)),
+            ("LQ_DIGITS", digits_of(call, x_dtype)),
+            ("LQ_BLOCK", block or 0),
             ("LQ_QUADS", int(call.layout == "lut")),
+            ("LQ_TABLES", int(call.layout == "lut" and ("LQ_LANES", 16) in isa.defines)),
         )
         assert block is not None
         self.entry: Any = native.load(source, isa, self.defines).lq_gemm
@@ -74,7 +76,7 @@ class Launcher:
         dtypes = [dtype for _, dtype in layout.shapes(f, call.n, call.k, "cpu")]
         groups = layout.order("cpu").grouped_shape(call.n, call.k // f.group, f.group, ())[1]
         span = -(-f.group // 128) if block == 128 else 1
-        self.sizes = (call.n, call.k, block, span, groups, TYPES[x_dtype], TYPES[SCALE_DTYPES[f.scale_dtype]])
+        self.sizes = (call.n, call.k, span, groups, TYPES[x_dtype], TYPES[SCALE_DTYPES[f.scale_dtype]])
         self.factor = len(parts_of(f)) == 2
         self.low = (TYPES[dtypes[2]] if self.factor else 0, float(-code_range(f)[0]))
         self.names = layout.names(f, "cpu")

@@ -48,8 +48,9 @@ LQ_INLINE float power_of_two(int e) {
 
 // e with largest * 2^e the greatest that D digits hold; `largest` by its bits, NaN and infinity above all others.
 template <int D> LQ_INLINE int exponent_of(uint32_t largest) {
-  constexpr float MOST = D == 2 ? 32639.0f : 8355711.0f;
-  const int e = (D == 2 ? 14 : 22) - (static_cast<int>(largest >> 23) - 127);
+  // Four values of a look-up table's sum must fit 24 bits.
+  constexpr float MOST = D == 2 ? 32639.0f : LQ_QUADS ? 2097151.0f : 8355711.0f;
+  const int e = (D == 2 ? 14 : LQ_QUADS ? 20 : 22) - (static_cast<int>(largest >> 23) - 127);
   if (e > 120) return 120;
   float v;
   std::memcpy(&v, &largest, 4);

@@ -5,9 +5,11 @@
 
 // A binary weight is LQ_BITS planes of one bit, w = sum alpha * (2 bit - 1) + offset; else w = (code - zero) * scale.
 constexpr int BITS = LQ_BINARY ? 1 : LQ_BITS, PLANES = LQ_BINARY ? LQ_BITS : 1, D = LQ_DIGITS;
+// Of the four chunks of 32 columns of a tile how many a block has.
+constexpr int PER = LQ_BLOCK / 32;
 constexpr int64_t TILE = 256 * LQ_BITS;
 // Row tiles that are read at a time: memory serves several streams better than one.
-constexpr int STREAMS = 4;
+constexpr int STREAMS = 3;
 // Digits of a chunk of rows should stay in the second cache.
 constexpr int64_t CHUNK_BYTES = 1 << 20, CHUNK_ROWS = 128;
 // From so many rows on the tiles of a CPU that has them are faster.
@@ -21,7 +23,7 @@ struct Job {
   const void* zero;
   const void* bias;
   void* y;
-  int64_t m, n, k, block, span, groups;
+  int64_t m, n, k, span, groups;
   int x_type, scale_type, zero_type;
   float low;
 
@@ -29,6 +31,11 @@ struct Job {
   int64_t row_tiles() const { return (n + 15) / 16; }
   // The place of the factors of a row tile and a block.
   int64_t group(int64_t row_tile, int64_t block_index) const { return row_tile * groups + block_index / span; }
+  // Asks for the factors some groups ahead.
+  void ask_factors(int64_t group) const {
+    _mm_prefetch(static_cast<const char*>(scale) + (group + 8) * 32 * PLANES, _MM_HINT_T0);
+    if (zero) _mm_prefetch(static_cast<const char*>(zero) + (group + 8) * 32, _MM_HINT_T0);
+  }
 };
 
 // What 16 rows of plane p of w are scaled by in one block: LANES of them from `part` on.
@@ -71,53 +78,77 @@ LQ_INLINE void write_row(const Job& job, int64_t row, int64_t column, Floats y) 
   write(job.y, job.x_type, row * job.n + column, y, count);
 }
 
+// Asks for a plane of a tile, some tiles ahead.
+LQ_INLINE void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p) + AHEAD, _MM_HINT_T0); }
+
+// y[R] and what a plane of a tile adds to it: LANES of its rows, `codes` at their first byte. `x` are the first digits of
+// R rows in the tile's columns, `facts` of its first block, `group` the place of that one's factors.
+template <int R>
+LQ_INLINE void add_tile(const Job& job, int64_t tall, const int8_t* const* x, const float* const* facts, int64_t next_fact,
+                        const uint8_t* plane, int64_t group, int p, int part, Floats* y) {
+  for (int c = 0; c < 4; c += PER, group++) {
+    Ints sums[R][D][2] = {};
+#pragma GCC unroll 4
+    for (int i = c; i < c + PER; i++) {
+      Ints codes[8];
+      for (int line = 0; line < BITS; line++)
+        if (line % PARTS == part) ask(plane + 64 * (BITS * i + line));
+      codes_of<BITS>(plane + part * 4 * LANES, i, codes);
+      for (int r = 0; r < R; r++) {
+        for (int d = 0; d < D; d++) {
+          const int8_t* digits = x[r] + (128 * d + i / 2 * 64) * tall + i % 2 * 32;
+          // Hidden from the compiler, which would read all digits once for all streams, into more registers than
+          // there are.
+          __asm__("" : "+r"(digits));
+          sums[r][d][i % 2] = dot<BITS>(codes, digits, sums[r][d][i % 2]);
+        }
+      }
+    }
+    const Factors factors(job, group, p, part);
+    for (int r = 0; r < R; r++) {
+      const float* fact = facts[r] + c / PER * next_fact;
+      Ints dots[D];
+      for (int d = 0; d < D; d++) dots[d] = add(sums[r][d][0], sums[r][d][1]);
+      if (LQ_BINARY && p == 0 && job.zero) y[r] = factors.offset(y[r], fact);
+      y[r] = factors.scaled(y[r], dots, fact);
+    }
+  }
+}
+
 // STREAMS row tiles from `first` on, for R rows of x from `row` on, of the chunk that begins at `start`.
 template <int R> void few(const Job& job, const Digits& x, int64_t start, int64_t row, int64_t first) {
-  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1;
+  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1, next_fact = x.rows * (1 + D);
   Floats y[STREAMS][PARTS][R];
-  int64_t row_tile[STREAMS], rows[R];
+  const uint8_t* codes[STREAMS];
+  int64_t factors[STREAMS], rows[R];
   for (int r = 0; r < R; r++) rows[r] = row + r < x.rows ? row + r : x.rows - 1;
   for (int s = 0; s < STREAMS; s++) {
-    row_tile[s] = first + s < last ? first + s : last;
+    const int64_t row_tile = first + s < last ? first + s : last;
+    codes[s] = job.codes + row_tile * tiles * TILE;
+    factors[s] = row_tile * job.groups;
     for (auto& part : y[s])
       for (auto& v : part) v = floats(0.0f);
   }
-  for (int64_t tile = 0; tile < tiles; tile++) {
-#pragma GCC unroll 1
+  for (int64_t tile = 0, group = 0, in_group = 0; tile < tiles; tile++) {
+    const int8_t* digits[R];
+    const float* facts[R];
+    for (int r = 0; r < R; r++) {
+      digits[r] = x.digits + x.place(tile, rows[r], 0);
+      facts[r] = x.fact(tile * (4 / PER), rows[r]);
+    }
     for (int s = 0; s < STREAMS; s++) {
-      const uint8_t* at = job.codes + (row_tile[s] * tiles + tile) * TILE;
-#pragma GCC unroll 1
-      for (int p = 0; p < PLANES; p++, at += 256) {
-#pragma GCC unroll 1
-        for (int part = 0; part < PARTS; part++) {
-          Ints dots[4][R][D];
-#pragma GCC unroll 4
-          for (int c = 0; c < 4; c++) {
-            Ints codes[8];
-            if (part == 0)
-              for (int line = 0; line < BITS; line++)
-                _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD + 64 * (BITS * c + line)), _MM_HINT_T0);
-            codes_of<BITS>(at + part * 4 * LANES, c, codes);
-            for (int r = 0; r < R; r++)
-              for (int d = 0; d < D; d++)
-                dots[c][r][d] = dot<BITS>(codes, x.digits + x.place(tile, rows[r], d) + x.chunk(c));
-          }
-          const int per = static_cast<int>(job.block / 32);
-          for (int c = 0; c < 4; c += per) {
-            const int64_t block = (tile * 4 + c) / per;
-            const Factors factors(job, job.group(row_tile[s], block), p, part);
-            for (int r = 0; r < R; r++) {
-              const float* fact = x.fact(block, rows[r]);
-              Ints sums[D];
-              for (int d = 0; d < D; d++) sums[d] = dots[c][r][d];
-              for (int more = c + 1; more < c + per; more++)
-                for (int d = 0; d < D; d++) sums[d] = add(sums[d], dots[more][r][d]);
-              if (LQ_BINARY && p == 0 && job.zero) y[s][part][r] = factors.offset(y[s][part][r], fact);
-              y[s][part][r] = factors.scaled(y[s][part][r], sums, fact);
-            }
-          }
-        }
-      }
+      job.ask_factors(factors[s] + group);
+      for (int p = 0; p < PLANES; p++)
+        for (int part = 0; part < PARTS; part++)
+          add_tile<R>(job, x.tall, digits, facts, next_fact, codes[s] + p * 256, factors[s] + group, p, part,
+                           y[s][part]);
+      codes[s] += TILE;
+    }
+    if (PER < 4) {
+      group += 4 / PER;
+    } else if (++in_group == job.span) {
+      group++;
+      in_group = 0;
     }
   }
   for (int s = 0; s < STREAMS && first + s <= last; s++)
@@ -127,6 +158,7 @@ template <int R> void few(const Job& job, const Digits& x, int64_t start, int64_
 }
 
 #include "amx.h"
+#include "tables.h"
 
 // Memory that a thread keeps from call to call.
 struct Room {
@@ -148,8 +180,9 @@ inline int run(const Job& job, int threads) {
   static thread_local Room room;
   const int64_t fit = CHUNK_BYTES / (round_up(job.k, 128) * D) / 16 * 16;
   const int64_t most = fit < 32 ? 32 : fit < CHUNK_ROWS ? fit : CHUNK_ROWS, rows = job.m < most ? job.m : most;
-  const int64_t digits = bytes_of_digits(rows, job.k, D), blocks = round_up(job.k, 128) / job.block;
-  char* memory = static_cast<char*>(room.of(digits + blocks * rows * (1 + D) * sizeof(float)));
+  const int64_t digits = bytes_of_digits(rows, job.k, D), blocks = round_up(job.k, 128) / LQ_BLOCK;
+  const int64_t facts = round_up(blocks * rows * (1 + D) * sizeof(float), 64);
+  char* memory = static_cast<char*>(room.of(digits + facts + (LQ_TABLES ? job.tiles() * 8 * 192 : 0)));
   if (!memory) return 1;
   const int64_t row_tiles = job.row_tiles();
 #pragma omp parallel num_threads(threads)
@@ -158,7 +191,17 @@ inline int run(const Job& job, int threads) {
     const Digits x{reinterpret_cast<int8_t*>(memory), reinterpret_cast<float*>(memory + digits), here, here < 16 ? here : 16, D};
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < here; row++)
-      digits_of_row<D>(x, job.x, job.x_type, start + row, row, job.k, static_cast<int>(job.block));
+      digits_of_row<D>(x, job.x, job.x_type, start + row, row, job.k, LQ_BLOCK);
+#if LQ_TABLES
+    if (here == 1) {
+      uint8_t* tables = reinterpret_cast<uint8_t*>(memory + digits + facts);
+#pragma omp for schedule(static)
+      for (int64_t tile = 0; tile < job.tiles(); tile++) tables_of(x, tile, tables + tile * 8 * 192);
+#pragma omp for schedule(static)
+      for (int64_t first = 0; first < row_tiles; first += TABLE_STREAMS) look_up(job, x, start, first, tables);
+      continue;
+    }
+#endif
 #if LQ_AMX
     if (here >= BATCH) {
       batch(job, x, start);
@@ -167,9 +210,8 @@ inline int run(const Job& job, int threads) {
 #endif
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < row_tiles; first += STREAMS) {
-      int64_t row = 0;
-      if (here == 1) few<1>(job, x, start, row++, first);
-      for (; row < here; row += 4) few<4>(job, x, start, row, first);
+      if (here == 1) few<1>(job, x, start, 0, first);
+      for (int64_t row = 0; here > 1 && row < here; row += 4) few<4>(job, x, start, row, first);
     }
   }
   return 0;

@@ -10,7 +10,7 @@ enum Type { FLOAT16, BFLOAT16, FLOAT32, INT16 };
 
 constexpr int LANES = LQ_LANES, PARTS = 16 / LANES;
 // Bytes ahead of the one that is read: memory must be asked that early to arrive in time.
-constexpr int AHEAD = 2048;
+constexpr int AHEAD = 1536;
 
 #if LQ_LANES == 16
 
@@ -48,11 +48,14 @@ LQ_INLINE void store_low(int8_t* p, Ints v) { _mm_storeu_si128(reinterpret_cast<
 LQ_INLINE void store_halves(void* p, Floats v) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// `bits`, where v is NaN a NaN's.
+LQ_INLINE Ints without_nan(Floats v, Ints bits) {
+  return _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), ints(0x7fc00000));
+}
 LQ_INLINE void store_low16(void* p, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
 
-// Adds the products of 4 bytes, unsigned u and signed x, to each lane.
-template <int BITS> LQ_INLINE Ints dot(const Ints* u, const int8_t* x) {
-  Ints sum = _mm512_setzero_si512();
+// Adds the products of 32 bytes, unsigned u below 2^BITS and signed x, to each lane, four by four.
+template <int BITS> LQ_INLINE Ints dot(const Ints* u, const int8_t* x, Ints sum) {
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) sum = _mm512_dpbusd_epi32(sum, u[i], four(x + 4 * i));
   return sum;
@@ -98,6 +101,9 @@ LQ_INLINE void store_low(int8_t* p, Ints v) {
 LQ_INLINE void store_halves(void* p, Floats v) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+LQ_INLINE Ints without_nan(Floats v, Ints bits) {
+  return as_ints(_mm256_blendv_ps(as_floats(bits), as_floats(ints(0x7fc00000)), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+}
 LQ_INLINE void store_low16(void* p, Ints v) {
   __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
   __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
@@ -105,9 +111,8 @@ LQ_INLINE void store_low16(void* p, Ints v) {
 }
 
 // As above. vpmaddubsw saturates at 16 bits: PER sums of two products of codes below 2^BITS never do.
-template <int BITS> LQ_INLINE Ints dot(const Ints* u, const int8_t* x) {
+template <int BITS> LQ_INLINE Ints dot(const Ints* u, const int8_t* x, Ints sum) {
   constexpr int PER = BITS <= 4 ? 8 : BITS <= 5 ? 4 : BITS <= 6 ? 2 : 1;
-  Ints sum = _mm256_setzero_si256();
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i += PER) {
     Ints pairs = _mm256_setzero_si256(), tops = pairs;
@@ -148,14 +153,9 @@ LQ_INLINE void write(void* p, int type, int64_t i, Floats v, int64_t count) {
   } else if (type == FLOAT32) {
     store(reinterpret_cast<float*>(to), v);
   } else {
-    // To even; a NaN may lose its low bits and must not become infinity.
-    alignas(64) uint32_t bits[LANES];
-    store(bits, as_ints(v));
-    for (int j = 0; j < LANES; j++) {
-      uint32_t b = bits[j], up = b + 0x7fff + (b >> 16 & 1);
-      bits[j] = (b & 0x7fffffff) > 0x7f800000 ? b >> 16 | 0x40 : up >> 16;
-    }
-    store_low16(to, ints(bits));
+    // To even. A NaN would become infinite if its low bits alone were cut.
+    const Ints bits = as_ints(v), up = add(add(bits, ints(0x7fff)), both(right<16>(bits), ints(1)));
+    store_low16(to, right<16>(without_nan(v, up)));
   }
   if (count < LANES) std::memcpy(at, whole, count * (type == FLOAT32 ? 4 : 2));
 }

@@ -17,21 +17,21 @@ char* filled(int64_t size, int item) {
 }
 }  // namespace
 
-// m, n, k, block, span, groups, types of x and scale and zero, low, bytes of an x, of codes, scales and zeros.
+// m, n, k, span, groups, types of x and scale and zero, low, bytes of an x, of codes, scales and zeros.
 int main(int count, char** text) {
-  if (count != 15) return 2;
+  if (count != 14) return 2;
   // Linux saves the tiles only of processes that have asked.
   if (LQ_AMX && syscall(SYS_arch_prctl, 0x1023, 18)) return 4;
-  int64_t v[14];
-  for (int i = 0; i < 14; i++) v[i] = static_cast<int64_t>(std::atof(text[i + 1]));
-  const int64_t m = v[0], n = v[1], k = v[2], item = v[10];
-  char *x = filled(m * k * item, item), *codes = filled(v[11], 0), *bias = filled(n * item, item);
-  char* scale = filled(v[12], v[7] == FLOAT32 ? 4 : 2);
-  char* zero = v[13] ? filled(v[13], v[8] == INT16 ? 0 : v[8] == FLOAT32 ? 4 : 2) : nullptr;
+  int64_t v[13];
+  for (int i = 0; i < 13; i++) v[i] = static_cast<int64_t>(std::atof(text[i + 1]));
+  const int64_t m = v[0], n = v[1], k = v[2], item = v[9];
+  char *x = filled(m * k * item, item), *codes = filled(v[10], 0), *bias = filled(n * item, item);
+  char* scale = filled(v[11], v[6] == FLOAT32 ? 4 : 2);
+  char* zero = v[12] ? filled(v[12], v[7] == INT16 ? 0 : v[7] == FLOAT32 ? 4 : 2) : nullptr;
   char* y = static_cast<char*>(std::malloc(m * n * item));
   for (int threads = 1; threads < 3; threads++) {
-    if (lq_gemm(x, reinterpret_cast<uint8_t*>(codes), scale, zero, bias, y, m, n, k, v[3], v[4], v[5], v[6], v[7], v[8],
-                static_cast<float>(v[9]), threads))
+    if (lq_gemm(x, reinterpret_cast<uint8_t*>(codes), scale, zero, bias, y, m, n, k, v[3], v[4], v[5], v[6], v[7],
+                static_cast<float>(v[8]), threads))
       return 3;
   }
   std::puts("done");
