@@ -79,13 +79,13 @@ LQ_INLINE void products(const int8_t* x, int64_t tall, const uint8_t* w, int ste
   _tile_stored(3, dots + 768, 64);
 }
 
-// Two row tiles from `first` on, for all rows of the chunk of x that begins at `start`.
+// The row tile `first` of both halves of w, for all rows of the chunk of x that begins at `start`.
 inline void pair(const Job& job, const Digits& x, int64_t start, int64_t first) {
   alignas(64) float y[2][CHUNK_ROWS][16];
   alignas(64) uint8_t w[2][2048];
   alignas(64) int32_t dots[2 * D * 256];
   const int64_t tiles = job.tiles(), last = job.row_tiles() - 1;
-  const int64_t row_tile[2] = {first, first < last ? first + 1 : last};
+  const int64_t second = first + job.part(2), row_tile[2] = {first, second < last ? second : last};
   for (int half = 0; half < 2; half++) std::memset(y[half], 0, x.rows * 64);
   for (int64_t tile = 0; tile < tiles; tile++) {
     for (int p = 0; p < PLANES; p++) {
@@ -121,16 +121,15 @@ inline void pair(const Job& job, const Digits& x, int64_t start, int64_t first) 
     }
   }
   for (int64_t row = 0; row < x.rows; row++)
-    for (int half = 0; half < 2 && first + half <= last; half++)
-      write_row(job, start + row, (first + half) * 16, floats(y[half][row]));
+    for (int half = 0; half < (second <= last ? 2 : 1); half++)
+      write_row(job, start + row, row_tile[half] * 16, floats(y[half][row]));
 }
 
 // All of w for one chunk of x, shared among the threads of a parallel region.
 inline void batch(const Job& job, const Digits& x, int64_t start) {
   const Tiles tiles(static_cast<int>(x.tall), PER == 1 ? 32 : 64);
-  const int64_t row_tiles = job.row_tiles();
 #pragma omp for schedule(static)
-  for (int64_t first = 0; first < row_tiles; first += 2) pair(job, x, start, first);
+  for (int64_t first = 0; first < job.part(2); first++) pair(job, x, start, first);
 }
 
 #endif

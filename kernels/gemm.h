@@ -29,12 +29,19 @@ struct Job {
 
   int64_t tiles() const { return (k + 127) / 128; }
   int64_t row_tiles() const { return (n + 15) / 16; }
+  // Row tiles of one of `parts` parts of w.
+  int64_t part(int parts) const { return (row_tiles() + parts - 1) / parts; }
   // The place of the factors of a row tile and a block.
   int64_t group(int64_t row_tile, int64_t block_index) const { return row_tile * groups + block_index / span; }
-  // Asks for the factors some groups ahead.
+  // Asks for the factors of a tile, some tiles ahead of the one whose first group is `group`.
   void ask_factors(int64_t group) const {
-    _mm_prefetch(static_cast<const char*>(scale) + (group + 8) * 32 * PLANES, _MM_HINT_T0);
-    if (zero) _mm_prefetch(static_cast<const char*>(zero) + (group + 8) * 32, _MM_HINT_T0);
+    ask_some(scale, group * PLANES, scale_type, PLANES);
+    if (zero) ask_some(zero, group, zero_type, 1);
+  }
+  static void ask_some(const void* p, int64_t place, int type, int planes) {
+    const int64_t row = type == FLOAT32 ? 64 : 32;
+    const char* at = static_cast<const char*>(p) + place * row + 256;
+    for (int64_t i = 0; i < row * planes * (4 / PER); i += 64) _mm_prefetch(at + i, _MM_HINT_T0);
   }
 };
 
@@ -115,15 +122,17 @@ LQ_INLINE void add_tile(const Job& job, int64_t tall, const int8_t* const* x, co
   }
 }
 
-// STREAMS row tiles from `first` on, for R rows of x from `row` on, of the chunk that begins at `start`.
+// The row tiles `first` of each of STREAMS parts of w, for R rows of x from `row` on, of the chunk that begins at
+// `start`. Whoever goes on with the next row tile finds it asked for already.
 template <int R> void few(const Job& job, const Digits& x, int64_t start, int64_t row, int64_t first) {
-  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1, next_fact = x.rows * (1 + D);
+  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1, part_of = job.part(STREAMS);
+  const int64_t next_fact = x.rows * (1 + D);
   Floats y[STREAMS][PARTS][R];
   const uint8_t* codes[STREAMS];
   int64_t factors[STREAMS], rows[R];
   for (int r = 0; r < R; r++) rows[r] = row + r < x.rows ? row + r : x.rows - 1;
   for (int s = 0; s < STREAMS; s++) {
-    const int64_t row_tile = first + s < last ? first + s : last;
+    const int64_t row_tile = first + s * part_of < last ? first + s * part_of : last;
     codes[s] = job.codes + row_tile * tiles * TILE;
     factors[s] = row_tile * job.groups;
     for (auto& part : y[s])
@@ -151,10 +160,10 @@ template <int R> void few(const Job& job, const Digits& x, int64_t start, int64_
       in_group = 0;
     }
   }
-  for (int s = 0; s < STREAMS && first + s <= last; s++)
+  for (int s = 0; s < STREAMS && first + s * part_of <= last; s++)
     for (int part = 0; part < PARTS; part++)
       for (int r = 0; r < R && row + r < x.rows; r++)
-        write_row(job, start + row + r, (first + s) * 16 + part * LANES, y[s][part][r]);
+        write_row(job, start + row + r, (first + s * part_of) * 16 + part * LANES, y[s][part][r]);
 }
 
 #include "amx.h"
@@ -184,7 +193,6 @@ inline int run(const Job& job, int threads) {
   const int64_t facts = round_up(blocks * rows * (1 + D) * sizeof(float), 64);
   char* memory = static_cast<char*>(room.of(digits + facts + (LQ_TABLES ? job.tiles() * 8 * 192 : 0)));
   if (!memory) return 1;
-  const int64_t row_tiles = job.row_tiles();
 #pragma omp parallel num_threads(threads)
   for (int64_t start = 0; start < job.m; start += most) {
     const int64_t here = job.m - start < most ? job.m - start : most;
@@ -198,7 +206,7 @@ inline int run(const Job& job, int threads) {
 #pragma omp for schedule(static)
       for (int64_t tile = 0; tile < job.tiles(); tile++) tables_of(x, tile, tables + tile * 8 * 192);
 #pragma omp for schedule(static)
-      for (int64_t first = 0; first < row_tiles; first += TABLE_STREAMS) look_up(job, x, start, first, tables);
+      for (int64_t first = 0; first < job.part(TABLE_STREAMS); first++) look_up(job, x, start, first, tables);
       continue;
     }
 #endif
@@ -209,7 +217,7 @@ inline int run(const Job& job, int threads) {
     }
 #endif
 #pragma omp for schedule(static)
-    for (int64_t first = 0; first < row_tiles; first += STREAMS) {
+    for (int64_t first = 0; first < job.part(STREAMS); first++) {
       if (here == 1) few<1>(job, x, start, 0, first);
       for (int64_t row = 0; here > 1 && row < here; row += 4) few<4>(job, x, start, row, first);
     }

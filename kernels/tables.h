@@ -26,16 +26,16 @@ inline void tables_of(const Digits& x, int64_t tile, uint8_t* tables) {
   }
 }
 
-// TABLE_STREAMS row tiles from `first` on, for a single row of x.
+// The row tiles `first` of each of TABLE_STREAMS parts of w, for a single row of x.
 constexpr int TABLE_STREAMS = 4;
 inline void look_up(const Job& job, const Digits& x, int64_t row, int64_t first, const uint8_t* tables) {
-  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1;
+  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1, part_of = job.part(TABLE_STREAMS);
   const Ints low_nibbles = bytes(15), quads = ints(0x30201000), ones = bytes(1);
   Floats y[TABLE_STREAMS];
   const uint8_t* codes[TABLE_STREAMS];
   int64_t factors[TABLE_STREAMS];
   for (int s = 0; s < TABLE_STREAMS; s++) {
-    const int64_t row_tile = first + s < last ? first + s : last;
+    const int64_t row_tile = first + s * part_of < last ? first + s * part_of : last;
     codes[s] = job.codes + row_tile * tiles * TILE;
     factors[s] = row_tile * job.groups;
     y[s] = floats(0.0f);
@@ -76,7 +76,8 @@ inline void look_up(const Job& job, const Digits& x, int64_t row, int64_t first,
       in_group = 0;
     }
   }
-  for (int s = 0; s < TABLE_STREAMS && first + s <= last; s++) write_row(job, row, (first + s) * 16, y[s]);
+  for (int s = 0; s < TABLE_STREAMS && first + s * part_of <= last; s++)
+    write_row(job, row, (first + s * part_of) * 16, y[s]);
 }
 
 #endif
