@@ -35,8 +35,9 @@ class Tiles {
   TileConfig before_;
 };
 
-// dots[2 row tiles of w][D][16 rows of x][16] over `steps` halves of a tile of columns; `x` at the first digit.
-LQ_INLINE void products(const int8_t* x, int64_t tall, const uint8_t* w, int steps, int32_t* dots) {
+// Leaves in tiles the dots of 16 rows of x with both row tiles of w over `steps` halves of a tile of columns; `x` at its
+// first digit.
+LQ_INLINE void multiply(const int8_t* x, int64_t tall, const uint8_t* w, int steps) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -70,59 +71,95 @@ LQ_INLINE void products(const int8_t* x, int64_t tall, const uint8_t* w, int ste
     _tile_loadd(6, x + 128 * tall, 64);
     _tile_dpbsud(4, 6, 7);
   }
-  _tile_stored(4, dots + 1024, 64);
-  _tile_stored(5, dots + 1280, 64);
 #endif
+}
+
+// dots[2 row tiles of w][D][16 rows of x][16], from the tiles.
+LQ_INLINE void put(int32_t* dots) {
   _tile_stored(0, dots, 64);
   _tile_stored(1, dots + 256, 64);
   _tile_stored(2, dots + 512, 64);
   _tile_stored(3, dots + 768, 64);
+#if LQ_DIGITS == 3
+  _tile_stored(4, dots + 1024, 64);
+  _tile_stored(5, dots + 1280, 64);
+#endif
 }
 
-// The row tile `first` of both halves of w, for all rows of the chunk of x that begins at `start`.
+// What is multiplied but not yet scaled and added: dots of 16 rows of x from `row` on in a block.
+struct Pending {
+  int64_t row, block, group;
+  int p;
+};
+
+// The codes of plane p of a tile, a byte each, as `multiply` wants them.
+LQ_INLINE void unpack(const uint8_t* plane, uint8_t* w) {
+#pragma GCC unroll 1
+  for (int c = 0; c < 4; c++) {
+    Ints codes[8];
+    for (int line = 0; line < BITS; line++) ask(plane + 64 * (BITS * c + line));
+    codes_of<BITS>(plane, c, codes);
+    for (int i = 0; i < 8; i++) store(w + 512 * c + 64 * i, codes[i]);
+  }
+}
+
+// The row tile `first` of both halves of w, for all rows of the chunk of x that begins at `start`. While tiles multiply,
+// the next codes are unpacked and the last products scaled.
 inline void pair(const Job& job, const Digits& x, int64_t start, int64_t first) {
-  alignas(64) float y[2][CHUNK_ROWS][16];
-  alignas(64) uint8_t w[2][2048];
+  alignas(64) float y[CHUNK_ROWS][2][16];
+  alignas(64) uint8_t w[2][2][2048];
   alignas(64) int32_t dots[2 * D * 256];
   const int64_t tiles = job.tiles(), last = job.row_tiles() - 1;
   const int64_t second = first + job.part(2), row_tile[2] = {first, second < last ? second : last};
-  for (int half = 0; half < 2; half++) std::memset(y[half], 0, x.rows * 64);
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    for (int p = 0; p < PLANES; p++) {
+  const uint8_t* planes[2] = {job.codes + row_tile[0] * tiles * TILE, job.codes + row_tile[1] * tiles * TILE};
+  const int64_t factors[2] = {row_tile[0] * job.groups, row_tile[1] * job.groups};
+  std::memset(y, 0, x.rows * sizeof y[0]);
+  auto finish = [&](const Pending& found) {
+    const Factors by[2] = {Factors(job, factors[0] + found.group, found.p, 0),
+                           Factors(job, factors[1] + found.group, found.p, 0)};
+    const int rows = static_cast<int>(x.rows - found.row < 16 ? x.rows - found.row : 16);
+    for (int r = 0; r < rows; r++) {
+      const float* fact = x.fact(found.block, found.row + r);
       for (int half = 0; half < 2; half++) {
-        const uint8_t* at = job.codes + (row_tile[half] * tiles + tile) * TILE + 256 * p;
-        for (int c = 0; c < 4; c++) {
-          Ints codes[8];
-          for (int line = 0; line < BITS; line++)
-            _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD + 64 * (BITS * c + line)), _MM_HINT_T0);
-          codes_of<BITS>(at, c, codes);
-          for (int i = 0; i < 8; i++) store(w[half] + 512 * c + 64 * i, codes[i]);
-        }
+        Ints sums[D];
+        for (int d = 0; d < D; d++) sums[d] = ints(dots + (half * D + d) * 256 + r * 16);
+        Floats to = floats(y[found.row + r][half]);
+        if (LQ_BINARY && found.p == 0 && job.zero) to = by[half].offset(to, fact);
+        store(y[found.row + r][half], by[half].scaled(to, sums, fact));
       }
+    }
+  };
+  Pending pending{-1, 0, 0, 0};
+  unpack(planes[0], w[0][0]);
+  unpack(planes[1], w[0][1]);
+  int now = 0;
+  for (int64_t tile = 0, group = 0, in_group = 0; tile < tiles; tile++) {
+    for (int half = 0; half < 2; half++) job.ask_factors(factors[half] + group);
+    for (int p = 0; p < PLANES; p++, now ^= 1) {
+      const bool more = p + 1 < PLANES || tile + 1 < tiles;
       for (int c = 0; c < 4; c += PER) {
-        const int64_t block = (tile * 4 + c) / PER;
-        const Factors factors[2] = {Factors(job, job.group(row_tile[0], block), p, 0),
-                                    Factors(job, job.group(row_tile[1], block), p, 0)};
         for (int64_t row = 0; row < x.rows; row += 16) {
-          products(x.digits + x.place(tile, row, 0) + x.chunk(c), x.tall, w[0] + 512 * c, PER == 4 ? 2 : 1, dots);
-          const int rows = static_cast<int>(x.rows - row < 16 ? x.rows - row : 16);
-          for (int r = 0; r < rows; r++) {
-            const float* fact = x.fact(block, row + r);
-            for (int half = 0; half < 2; half++) {
-              Ints sums[D];
-              for (int d = 0; d < D; d++) sums[d] = ints(dots + (half * D + d) * 256 + r * 16);
-              Floats to = floats(y[half][row + r]);
-              if (LQ_BINARY && p == 0 && job.zero) to = factors[half].offset(to, fact);
-              store(y[half][row + r], factors[half].scaled(to, sums, fact));
-            }
-          }
+          multiply(x.digits + x.place(tile, row, 0) + x.chunk(c), x.tall, w[now][0] + 512 * c, PER == 4 ? 2 : 1);
+          if (more && c + row == 0)
+            for (int half = 0; half < 2; half++) unpack(planes[half] + (tile * PLANES + p + 1) * 256 * BITS, w[now ^ 1][half]);
+          // Before these tiles are stored: no load of `dots` waits for their end.
+          if (pending.row >= 0) finish(pending);
+          put(dots);
+          pending = {row, tile * (4 / PER) + c / PER, group + c / PER, p};
         }
       }
     }
+    if (PER < 4) {
+      group += 4 / PER;
+    } else if (++in_group == job.span) {
+      group++;
+      in_group = 0;
+    }
   }
+  finish(pending);
   for (int64_t row = 0; row < x.rows; row++)
     for (int half = 0; half < (second <= last ? 2 : 1); half++)
-      write_row(job, start + row, row_tile[half] * 16, floats(y[half][row]));
+      write_row(job, start + row, row_tile[half] * 16, floats(y[row][half]));
 }
 
 // All of w for one chunk of x, shared among the threads of a parallel region.

@@ -9,7 +9,7 @@ constexpr int BITS = LQ_BINARY ? 1 : LQ_BITS, PLANES = LQ_BINARY ? LQ_BITS : 1, 
 constexpr int PER = LQ_BLOCK / 32;
 constexpr int64_t TILE = 256 * LQ_BITS;
 // Row tiles that are read at a time: memory serves several streams better than one.
-constexpr int STREAMS = 3;
+constexpr int STREAMS = 4;
 // Digits of a chunk of rows should stay in the second cache.
 constexpr int64_t CHUNK_BYTES = 1 << 20, CHUNK_ROWS = 128;
 // From so many rows on the tiles of a CPU that has them are faster.

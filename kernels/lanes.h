@@ -10,7 +10,7 @@ enum Type { FLOAT16, BFLOAT16, FLOAT32, INT16 };
 
 constexpr int LANES = LQ_LANES, PARTS = 16 / LANES;
 // Bytes ahead of the one that is read: memory must be asked that early to arrive in time.
-constexpr int AHEAD = 1536;
+constexpr int AHEAD = 2560;
 
 #if LQ_LANES == 16
 

@@ -214,9 +214,7 @@ class Layout:
             parts.append(order.pack_grouped(getattr(w, name).to(dtype), w.format.group).contiguous())
         if w.table is not None:
             parts.append(w.table.to(torch.float32).contiguous())
-        if w.codes.device.type == device == "cpu":
-            parts[0] = pages.copy(parts[0])
-        return parts
+        return pages.together(parts) if w.codes.device.type == device == "cpu" else parts
 
     def unpack(
         self, parts: Sequence[torch.Tensor], format: Format, n: int, k: int, device: str | None = None

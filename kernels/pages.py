@@ -5,12 +5,14 @@ A weight is read once, from end to end, for each token: in small pages that take
 
 from __future__ import annotations
 
+import itertools
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-HUGE = 2 << 20
+HUGE, ALIGNED = 2 << 20, 64
 
 
 def empty(size: int) -> Tensor:
@@ -33,8 +35,13 @@ def empty(size: int) -> Tensor:
     return whole[start : start + size]
 
 
-def copy(t: Tensor) -> Tensor:
-    """A contiguous copy of a tensor; of one on a CPU in such memory."""
-    if t.device.type != "cpu":
-        return t.clone(memory_format=torch.contiguous_format)
-    return empty(t.nbytes).view(t.dtype).view(t.shape).copy_(t)
+def together(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous copies of some tensors; of those on a CPU one after the other in such memory."""
+    if any(part.device.type != "cpu" for part in parts):
+        return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    starts = [0, *itertools.accumulate(-(-part.nbytes // ALIGNED) * ALIGNED for part in parts)]
+    memory, out = empty(starts[-1]), []
+    for part, start in zip(parts, starts, strict=False):
+        place = memory[start : start + part.nbytes]
+        out.append(place.view(part.dtype).view(part.shape).copy_(part))
+    return out

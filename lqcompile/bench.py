@@ -185,7 +185,7 @@ class _Weight:
         for layout in sorted({call.layout for call in calls}):
             parts = LAYOUTS[layout].pack(self.qweight)
             count = timing.copies(sum(part.numel() * part.element_size() for part in parts), rotation)
-            self.packed[layout] = [parts, *([pages.copy(part) for part in parts] for _ in range(count - 1))]
+            self.packed[layout] = [parts, *(pages.together(parts) for _ in range(count - 1))]
         self.others: list[tuple[Neighbour, Held | str, list[Any]]] = []
         for other in others:
             try:

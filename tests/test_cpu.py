@@ -222,13 +222,14 @@ def test_codes_and_factors_are_where_the_kernels_read_them(case):
 
 
 def test_weights_lie_in_huge_pages():
-    t = torch.arange(3 << 20, dtype=torch.int32)
-    held = pages.copy(t)
-    assert torch.equal(held, t) and held.data_ptr() % pages.HUGE == 0
-    assert pages.copy(t[:5]).data_ptr() != t.data_ptr() and torch.equal(pages.copy(t[::2]), t[::2])
+    given = [torch.arange(3 << 20, dtype=torch.int32), torch.arange(7).to(torch.int16)[::2], torch.randn(5, 3)]
+    held = pages.together(given)
+    assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(held, given, strict=True))
+    assert held[0].data_ptr() % pages.HUGE == 0 and not any(t.data_ptr() % pages.ALIGNED for t in held)
+    held[1].zero_()
+    assert torch.equal(held[0], given[0]) and torch.equal(held[2], given[2])
     f = Format("affine", 4, 128, "none", "float16")
-    parts = LAYOUTS["quick"].pack(make(f, 2048, 2560))
-    assert parts[0].data_ptr() % pages.HUGE == 0
+    assert LAYOUTS["quick"].pack(make(f, 2048, 2560))[0].data_ptr() % pages.HUGE == 0
 
 
 def faked(patch, *names):
