@@ -86,10 +86,13 @@ LQ_INLINE void put(int32_t* dots) {
 #endif
 }
 
-// What is multiplied but not yet scaled and added: dots of 16 rows of x from `row` on in a block.
+// Row tiles of w for which x is read at a time, pair by pair: the second pair finds x in the first cache.
+constexpr int ABREAST = 4;
+
+// What is multiplied but not yet scaled and added: dots of 16 rows of x from `row` on with a pair of row tiles in a block.
 struct Pending {
   int64_t row, block, group;
-  int p;
+  int p, pair;
 };
 
 // The codes of plane p of a tile, a byte each, as `multiply` wants them.
@@ -103,49 +106,57 @@ LQ_INLINE void unpack(const uint8_t* plane, uint8_t* w) {
   }
 }
 
-// The row tile `first` of both halves of w, for all rows of the chunk of x that begins at `start`. While tiles multiply,
-// the next codes are unpacked and the last products scaled.
-inline void pair(const Job& job, const Digits& x, int64_t start, int64_t first) {
-  alignas(64) float y[CHUNK_ROWS][2][16];
-  alignas(64) uint8_t w[2][2][2048];
+// The row tiles `first` of each of ABREAST parts of w, for all rows of the chunk of x that begins at `start`. While tiles
+// multiply, the next codes are unpacked and the last dots scaled.
+inline void abreast(const Job& job, const Digits& x, int64_t start, int64_t first) {
+  alignas(64) float y[CHUNK_ROWS][ABREAST][16];
+  alignas(64) uint8_t w[2][ABREAST][2048];
   alignas(64) int32_t dots[2 * D * 256];
-  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1;
-  const int64_t second = first + job.part(2), row_tile[2] = {first, second < last ? second : last};
-  const uint8_t* planes[2] = {job.codes + row_tile[0] * tiles * TILE, job.codes + row_tile[1] * tiles * TILE};
-  const int64_t factors[2] = {row_tile[0] * job.groups, row_tile[1] * job.groups};
+  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1, part_of = job.part(ABREAST);
+  const uint8_t* planes[ABREAST];
+  int64_t factors[ABREAST];
   std::memset(y, 0, x.rows * sizeof y[0]);
+  for (int s = 0; s < ABREAST; s++) {
+    const int64_t row_tile = first + s * part_of < last ? first + s * part_of : last;
+    planes[s] = job.codes + row_tile * tiles * TILE;
+    factors[s] = row_tile * job.groups;
+    unpack(planes[s], w[0][s]);
+  }
   auto finish = [&](const Pending& found) {
-    const Factors by[2] = {Factors(job, factors[0] + found.group, found.p, 0),
-                           Factors(job, factors[1] + found.group, found.p, 0)};
+    const int s = 2 * found.pair;
+    const Factors by[2] = {Factors(job, factors[s] + found.group, found.p, 0),
+                           Factors(job, factors[s + 1] + found.group, found.p, 0)};
     const int rows = static_cast<int>(x.rows - found.row < 16 ? x.rows - found.row : 16);
     for (int r = 0; r < rows; r++) {
       const float* fact = x.fact(found.block, found.row + r);
       for (int half = 0; half < 2; half++) {
         Ints sums[D];
         for (int d = 0; d < D; d++) sums[d] = ints(dots + (half * D + d) * 256 + r * 16);
-        Floats to = floats(y[found.row + r][half]);
+        Floats to = floats(y[found.row + r][s + half]);
         if (LQ_BINARY && found.p == 0 && job.zero) to = by[half].offset(to, fact);
-        store(y[found.row + r][half], by[half].scaled(to, sums, fact));
+        store(y[found.row + r][s + half], by[half].scaled(to, sums, fact));
       }
     }
   };
-  Pending pending{-1, 0, 0, 0};
-  unpack(planes[0], w[0][0]);
-  unpack(planes[1], w[0][1]);
+  Pending pending{-1, 0, 0, 0, 0};
   int now = 0;
   for (int64_t tile = 0, group = 0, in_group = 0; tile < tiles; tile++) {
-    for (int half = 0; half < 2; half++) job.ask_factors(factors[half] + group);
+    for (int64_t at : factors) job.ask_factors(at + group);
     for (int p = 0; p < PLANES; p++, now ^= 1) {
       const bool more = p + 1 < PLANES || tile + 1 < tiles;
       for (int c = 0; c < 4; c += PER) {
         for (int64_t row = 0; row < x.rows; row += 16) {
-          multiply(x.digits + x.place(tile, row, 0) + x.chunk(c), x.tall, w[now][0] + 512 * c, PER == 4 ? 2 : 1);
-          if (more && c + row == 0)
-            for (int half = 0; half < 2; half++) unpack(planes[half] + (tile * PLANES + p + 1) * 256 * BITS, w[now ^ 1][half]);
-          // Before these tiles are stored: no load of `dots` waits for their end.
-          if (pending.row >= 0) finish(pending);
-          put(dots);
-          pending = {row, tile * (4 / PER) + c / PER, group + c / PER, p};
+          const int8_t* digits = x.digits + x.place(tile, row, 0) + x.chunk(c);
+          for (int pair = 0; pair < ABREAST / 2; pair++) {
+            multiply(digits, x.tall, w[now][2 * pair] + 512 * c, PER == 4 ? 2 : 1);
+            if (more && c + row == 0)
+              for (int s = 2 * pair; s < 2 * pair + 2; s++)
+                unpack(planes[s] + (tile * PLANES + p + 1) * 256 * BITS, w[now ^ 1][s]);
+            // Before these tiles are stored: no load of `dots` waits for their end.
+            if (pending.row >= 0) finish(pending);
+            put(dots);
+            pending = {row, tile * (4 / PER) + c / PER, group + c / PER, p, pair};
+          }
         }
       }
     }
@@ -158,15 +169,15 @@ inline void pair(const Job& job, const Digits& x, int64_t start, int64_t first) 
   }
   finish(pending);
   for (int64_t row = 0; row < x.rows; row++)
-    for (int half = 0; half < (second <= last ? 2 : 1); half++)
-      write_row(job, start + row, row_tile[half] * 16, floats(y[row][half]));
+    for (int s = 0; s < ABREAST && first + s * part_of <= last; s++)
+      write_row(job, start + row, (first + s * part_of) * 16, floats(y[row][s]));
 }
 
 // All of w for one chunk of x, shared among the threads of a parallel region.
 inline void batch(const Job& job, const Digits& x, int64_t start) {
   const Tiles tiles(static_cast<int>(x.tall), PER == 1 ? 32 : 64);
 #pragma omp for schedule(static)
-  for (int64_t first = 0; first < job.part(2); first++) pair(job, x, start, first);
+  for (int64_t first = 0; first < job.part(ABREAST); first++) abreast(job, x, start, first);
 }
 
 #endif
