@@ -23,6 +23,8 @@ from .registry import Call
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int16: 3}
 # lq_gemm's: six pointers, m, n, k, span, groups, three types, low, threads.
 SIGNATURE = (*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 5, *[ctypes.c_int] * 3, ctypes.c_float, ctypes.c_int)
+# lq_dense's: five pointers, n, k, group, groups, two strides, three types, low, threads.
+DENSE = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 6, *[ctypes.c_int] * 3, ctypes.c_float, ctypes.c_int)
 
 
 def digits_of(call: Call, x_dtype: torch.dtype) -> int:
@@ -116,6 +118,39 @@ def run(
     if found is None:
         return dense.run(x, parts, bias, call, out)
     found(x, parts, bias, out, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=4096)
+def _unpacker(bits: int) -> Any | None:
+    try:
+        entry = native.load("dense.cpp", native.isas()[0], (("LQ_BITS", bits),)).lq_dense
+    except Refused as refused:
+        _warn(refused.reason, str(refused))
+        return None
+    entry.argtypes, entry.restype = DENSE, ctypes.c_int
+    return entry
+
+
+def dequantize(parts: Sequence[Tensor], call: Call, dtype: torch.dtype) -> Tensor | None:
+    """The dense weight [n, k] of layout quick by dense.cpp; None for what it does not take."""
+    if dtype not in TYPES or not native.isas() or not native.has_compiler():
+        return None
+    f, layout = call.format, LAYOUTS[call.layout]
+    out = torch.empty((call.n, call.k), dtype=dtype)
+    entry = _unpacker(sum(layout.widths(f, "cpu")))
+    if entry is None or out.numel() == 0:
+        return None
+    table = parts[-1] if f.form == "table" else None
+    strides = (0, 0) if table is None or table.ndim == 1 else (table.stride(0), table.stride(1) * (table.ndim == 3))
+    zero = parts[2] if f.zero != "none" else None
+    groups = layout.order("cpu").grouped_shape(call.n, call.k // f.group, f.group, ())[1]
+    entry(
+        parts[0].data_ptr(), parts[1].data_ptr(), None if zero is None else zero.data_ptr(),
+        None if table is None else table.data_ptr(), out.data_ptr(), call.n, call.k, f.group, groups, *strides,
+        TYPES[dtype], TYPES[parts[1].dtype], 0 if zero is None else TYPES[zero.dtype], float(-code_range(f)[0]),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 # By instructions and digits of x: arithmetic of a batch, in units of the device's dense float32 rate; from int4 g128 at

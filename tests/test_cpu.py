@@ -16,7 +16,7 @@ import torch
 from lqcompile import cache
 from lqcompile.errors import ArgumentError, Reason, Refused
 from lqcompile.formats import code_range, dequantize
-from lqcompile.kernels import cpu, native, pages, registry
+from lqcompile.kernels import cpu, dense, native, pages, registry
 from lqcompile.kernels.layout import LAYOUTS
 from lqcompile.kernels.registry import Call
 from lqcompile.types import Format, QWeight
@@ -138,7 +138,6 @@ def test_one_hot_rows_read_every_weight_back(isa, case):
     single = dataclasses.replace(case, x_dtype=FLOAT)
     y = run(isa, single, w, eye)
     kept = LAYOUTS[case.layout]
-    dense = registry.discover()["dense"]
     wanted = torch.empty_like(y)
     dense.run(eye, kept.pack(w), None, case.call(N), wanted)
     assert torch.equal(y, wanted)
@@ -219,6 +218,18 @@ def test_codes_and_factors_are_where_the_kernels_read_them(case):
             if name in parts:
                 stored = parts[name][row // 16, column // case.group, ..., row % 16]
                 assert torch.equal(stored, getattr(w, name)[row, column // case.group].to(stored.dtype))
+
+
+@pytest.mark.parametrize("form", ["affine", "table"])
+@pytest.mark.parametrize("k, group", [(384, 128), (100, 25), (40, 8), (7, 7)])
+def test_the_dense_weight_is_that_of_the_readable_way(form, k, group):
+    for bits in (1, 3, 4, 8):
+        for rank, zero in enumerate(("none",) * 3 if form == "table" else ("none", "int", "float")):
+            w = make(Format(form, bits, group, zero, "bfloat16"), 37, k, bits, rank + 1)
+            call, parts = Call("quick", w.format, w.n, w.k), LAYOUTS["quick"].pack(w)
+            for dtype in (HALF, BFLOAT, FLOAT):
+                assert torch.equal(cpu.dequantize(parts, call, dtype), dense._by_torch(parts, call, dtype))
+    assert cpu.dequantize(parts, call, torch.float64) is None
 
 
 def test_weights_lie_in_huge_pages():

@@ -292,6 +292,7 @@ def patch(monkeypatch):
     for name in list(registry.discover()):
         if name != "dense":
             monkeypatch.delitem(registry.KERNELS, name)
+    monkeypatch.setattr(dense, "FAST", {})
     ops.parse_route.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
