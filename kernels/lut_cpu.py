@@ -1,4 +1,4 @@
-"""LUT-GEMM on x86-64: binary weights by lut.cpp."""
+"""LUT-GEMM on x86-64: binary weights by lut.cpp, one row of x by look-ups and more plane by plane."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ register(
         name="lut_cpu",
         layouts=("lut",),
         devices=("cpu",),
-        summary="binary weights; groups of 32, 64, 128 i or k; x as digits of 8 bits, dots plane by plane",
+        summary="binary weights; groups of 32, 64, 128 i or k; look-ups for one row, exact dots for more",
         run=_run,
         accepts=_accepts,
         rounding=cpu.rounding,

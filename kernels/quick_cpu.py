@@ -24,7 +24,7 @@ register(
         name="quick_cpu",
         layouts=("quick",),
         devices=("cpu",),
-        summary="affine weights; groups of 32, 64, 128 i or k; x as digits of 8 bits, exact dots with codes",
+        summary="affine weights; groups of 32, 64, 128 i or k; exact dots of codes with digits of x",
         run=_run,
         accepts=_accepts,
         rounding=cpu.rounding,
