@@ -264,7 +264,7 @@ def _cell(kernel: registry.Kernel, form: str, bits: int) -> str:
     for device in kernel.devices:
         names = [SHORT[t] for t in registry.X_DTYPES if _accepts(kernel, form, bits, t, device)]
         if names:
-            found.setdefault(", ".join(names), []).append(device)
+            found.setdefault("all" if len(names) == len(SHORT) else ", ".join(names), []).append(device)
     return "; ".join(f"{', '.join(devices)}: {dtypes}" for dtypes, devices in found.items()) or "-"
 
 
