@@ -57,8 +57,8 @@ template <int D> LQ_INLINE int exponent_of(uint32_t largest) {
   return v * power_of_two(e) > MOST ? e - 1 : e;
 }
 
-template <int D> LQ_INLINE void digits_of_row(const Digits& to, const void* x, int type, int64_t from, int64_t row, int64_t k,
-                            int block) {
+template <int D>
+LQ_INLINE void digits_of_row(const Digits& to, const void* x, int type, int64_t from, int64_t row, int64_t k, int block) {
   alignas(64) float wide[128];
   alignas(64) uint32_t lanes[LANES];
   for (int64_t tile = 0, b = 0; tile * 128 < k; tile++) {

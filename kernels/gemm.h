@@ -85,7 +85,7 @@ LQ_INLINE void write_row(const Job& job, int64_t row, int64_t column, Floats y) 
   write(job.y, job.x_type, row * job.n + column, y, count);
 }
 
-// Asks for a plane of a tile, some tiles ahead.
+// Asks for a line that will be read soon.
 LQ_INLINE void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p) + AHEAD, _MM_HINT_T0); }
 
 // y[R] and what a plane of a tile adds to it: LANES of its rows, `codes` at their first byte. `x` are the first digits of
@@ -196,7 +196,8 @@ inline int run(const Job& job, int threads) {
 #pragma omp parallel num_threads(threads)
   for (int64_t start = 0; start < job.m; start += most) {
     const int64_t here = job.m - start < most ? job.m - start : most;
-    const Digits x{reinterpret_cast<int8_t*>(memory), reinterpret_cast<float*>(memory + digits), here, here < 16 ? here : 16, D};
+    const int64_t tall = here < 16 ? here : 16;
+    const Digits x{reinterpret_cast<int8_t*>(memory), reinterpret_cast<float*>(memory + digits), here, tall, D};
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < here; row++)
       digits_of_row<D>(x, job.x, job.x_type, start + row, row, job.k, LQ_BLOCK);

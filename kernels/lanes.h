@@ -41,7 +41,9 @@ LQ_INLINE Ints nearest(Floats v) { return _mm512_cvtps_epi32(v); }
 LQ_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 LQ_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 LQ_INLINE Floats gathered(const float* p, Ints i) { return _mm512_i32gather_ps(i, p, 4); }
-LQ_INLINE Ints widened(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+LQ_INLINE Ints widened(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 LQ_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 LQ_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 LQ_INLINE Floats less(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
