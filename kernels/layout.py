@@ -2,7 +2,7 @@
 
 A code of b bits is cut into fields of widths that divide a byte, low bits first. `lut` cuts every code into single
 bits, as LUT-GEMM needs (arXiv 2206.09557, section 3); `quick` into the widest fields. Where the fields stand depends
-on the device type: in rows, or in tiles that follow the registers of a tensor core (`Tiles`).
+on the device type: in rows, or in tiles that follow the registers of a tensor core or the vectors of a CPU (`Tiles`).
 
 Rows: each width is one plane, uint8 [n, ceil(k * width / 8)]; byte t of row r holds w[r, t * 8/width + j] at bit
 j * width. What has a number for each row and group is stored as [n, groups, ...].
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ..errors import ArgumentError
 from ..formats import GROUPED, code_range, parts_of, validate
 from ..types import SCALE_DTYPES, Format, QWeight
+from . import pages
 
 # Codes that are packed at a time.
 PIECE = 1 << 22
@@ -30,48 +31,57 @@ PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of 32 rows x 128 columns; each holds its fields alone, so w can be cut between tiles, and joined.
+    """Tiles of some rows x 128 columns; each holds its fields alone, so w can be cut between tiles, and joined.
 
-    A row of a tile is written in the digits `O w g`, the first counting most: row 16 O + 8 w + g; a column in those of
-    `columns`. `order[width]` is the order in which fields of that width stand, the last digits within a byte, low bits
-    first: lane 4g + t of a warp then reads, 16 bytes at a time, what its registers of a tensor core's operand hold.
-    What has a number for each row and group is stored as [row tiles, groups, (planes,) 4g + 2O + w]. Padding, up to
-    whole tiles, is zero.
+    A row of a tile is written in the digits `rows`, the first counting most: for "O w g" row 16 O + 8 w + g; a column
+    in those of `columns`. `order[width]` is the order in which fields of that width stand, the last digits within a
+    byte, low bits first: lane 4g + t of a warp then reads, 16 bytes at a time, what its registers of a tensor core's
+    operand hold. What has a number for each row and group is stored as [row tiles, groups, (planes,) row of the tile in
+    the digits `factors`]. Padding, up to whole tiles, is zero.
     """
 
     columns: str
     order: Mapping[int, str]
+    rows: str = "O w g"
+    factors: str = "g O w"
 
-    SIZES: ClassVar[Mapping[str, int]] = {"O": 2, "w": 2, "g": 8, "U": 2, "v": 2, "h": 2, "p": 2, "q": 2, "t": 4}
+    SIZES: ClassVar[Mapping[str, int]] = {
+        "O": 2, "w": 2, "g": 8, "U": 2, "v": 2, "h": 2, "p": 2, "q": 2, "t": 4, "r": 16, "c": 4, "b": 4
+    }  # fmt: skip
+
+    @functools.cached_property
+    def height(self) -> int:
+        """Rows of a tile."""
+        return math.prod(self.SIZES[d] for d in self.rows.replace(" ", ""))
 
     @property
     def _axes(self) -> str:
-        return "NOwgK" + self.columns.replace(" ", "")
+        return f"N{self.rows}K{self.columns}".replace(" ", "")
 
     def pack(self, codes: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
         """uint8 codes [n, k] as one uint8 tensor [row tiles, column tiles, bytes of a tile]."""
         n, k = codes.shape
-        axes, sizes = self._axes, {"N": -(-n // 32), "K": -(-k // 128), **self.SIZES}
-        digits = F.pad(codes, (0, -k % 128, 0, -n % 32)).view([sizes[d] for d in axes])
+        axes, sizes = self._axes, {"N": -(-n // self.height), "K": -(-k // 128), **self.SIZES}
+        digits = F.pad(codes, (0, -k % 128, 0, -n % self.height)).view([sizes[d] for d in axes])
         planes = []
         for fields, width in zip(_fields(digits, widths), widths, strict=True):
             stored = fields.permute([axes.index(d) for d in self._stored(width)])
-            flat = stored.reshape(stored.shape[0], stored.shape[1] * 4096)
-            planes.append(_pack_plane(flat, width).view(*stored.shape[:2], 512 * width))
+            flat = stored.reshape(stored.shape[0], stored.shape[1] * 128 * self.height)
+            planes.append(_pack_plane(flat, width).view(*stored.shape[:2], 16 * self.height * width))
         return [torch.cat(planes, -1)]
 
     def unpack(
         self, parts: Sequence[torch.Tensor], widths: Sequence[int], n: int, k: int, dtype: torch.dtype
     ) -> torch.Tensor:
         """The codes [n, k] as numbers of `dtype`."""
-        out, shift = None, 0
-        for plane, width in zip(parts[0].split([512 * w for w in widths], -1), widths, strict=True):
+        out, shift, line = None, 0, 16 * self.height
+        for plane, width in zip(parts[0].split([line * w for w in widths], -1), widths, strict=True):
             stored = self._stored(width)
             shape = [*plane.shape[:2], *(self.SIZES[d] for d in stored[2:])]
-            flat = plane.reshape(shape[0], shape[1] * 512 * width)
-            fields = unpack_plane(flat, width, shape[1] * 4096, torch.uint8)
+            flat = plane.reshape(shape[0], shape[1] * line * width)
+            fields = unpack_plane(flat, width, shape[1] * 8 * line, torch.uint8)
             fields = fields.view(shape).permute([stored.index(d) for d in self._axes])
-            fields = fields.reshape(shape[0] * 32, shape[1] * 128)[:n, :k] << shift
+            fields = fields.reshape(shape[0] * self.height, shape[1] * 128)[:n, :k] << shift
             out = fields if out is None else out | fields
             shift += width
         assert out is not None
@@ -84,25 +94,27 @@ class Tiles:
         return ("planes",)
 
     def plane_shapes(self, widths: Sequence[int], n: int, k: int) -> list[tuple[int, ...]]:
-        return [(-(-n // 32), -(-k // 128), 512 * sum(widths))]
+        return [(-(-n // self.height), -(-k // 128), 16 * self.height * sum(widths))]
 
     def pack_grouped(self, t: torch.Tensor, group: int) -> torch.Tensor:
         """[n, groups] or [n, groups, planes] in the order of the tiles' rows."""
-        wanted = self.grouped_shape(t.shape[0], t.shape[1], group, ())
-        t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, wanted[1] - t.shape[1], 0, wanted[0] * 32 - t.shape[0]))
-        t = t.view(wanted[0], 4, 8, *t.shape[1:])
-        return t.permute(0, *range(3, t.ndim), 2, 1).reshape(t.shape[0], *t.shape[3:], 32)
+        wanted, rows = self.grouped_shape(t.shape[0], t.shape[1], group, ()), self.rows.replace(" ", "")
+        t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, wanted[1] - t.shape[1], 0, wanted[0] * self.height - t.shape[0]))
+        t = t.view(wanted[0], *(self.SIZES[d] for d in rows), *t.shape[1:])
+        t = t.movedim([1 + rows.index(d) for d in self.factors.replace(" ", "")], list(range(-len(rows), 0)))
+        return t.reshape(*t.shape[: t.ndim - len(rows)], self.height)
 
     def unpack_grouped(self, t: torch.Tensor, n: int, groups: int) -> torch.Tensor:
-        digits = t.view(*t.shape[:-1], 8, 4)
-        last = digits.ndim - 1
-        rows = digits.permute(0, last, last - 1, *range(1, last - 1))
-        return rows.reshape(t.shape[0] * 32, *t.shape[1:-1])[:n, :groups]
+        rows = self.rows.replace(" ", "")
+        digits = t.view(*t.shape[:-1], *(self.SIZES[d] for d in self.factors.replace(" ", "")))
+        stands = [rows.index(d) + 1 for d in self.factors.replace(" ", "")]
+        digits = digits.movedim(list(range(-len(rows), 0)), stands)
+        return digits.reshape(t.shape[0] * self.height, *t.shape[1:-1])[:n, :groups]
 
     def grouped_shape(self, n: int, groups: int, group: int, planes: tuple[int, ...]) -> tuple[int, ...]:
         # Groups that share a tile are padded to whole tiles: what a tile needs stands together.
         padded = -(-groups // (128 // group)) * (128 // group) if 128 % group == 0 else groups
-        return (-(-n // 32), padded, *planes, 32)
+        return (-(-n // self.height), padded, *planes, self.height)
 
 
 class Rows:
@@ -140,6 +152,8 @@ class Rows:
 
 
 ROWS = Rows()
+# No device's type: a layout's parts stored by rows.
+PLAIN = "plain"
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +172,7 @@ class Layout:
         return self.tiles.get(device, ROWS)
 
     def widths(self, format: Format, device: str = "cpu") -> tuple[int, ...]:
+        """The widths of the fields that a code is cut into."""
         # Codes of a table are looked up by nibbles: narrower fields would have to be put together first.
         if device in self.tiles and format.form == "table" and format.bits <= 4:
             return (4,)
@@ -205,7 +220,7 @@ class Layout:
             parts.append(order.pack_grouped(getattr(w, name).to(dtype), w.format.group).contiguous())
         if w.table is not None:
             parts.append(w.table.to(torch.float32).contiguous())
-        return parts
+        return pages.together(parts) if w.codes.device.type == device == "cpu" else parts
 
     def unpack(
         self, parts: Sequence[torch.Tensor], format: Format, n: int, k: int, device: str | None = None
@@ -302,15 +317,19 @@ LUT = Layout(
     "lut",
     tuple((1,) * bits for bits in range(9)),
     ("affine", "table", "binary"),
-    # The registers of mma.m16n8k128.b1 (width 1), and pairs of them of mma.m16n8k16 (width 4), of kernels/lut.cu.
-    {"cuda": Tiles("U v h p q t", {1: "g t O w h U v p q", 4: "O w g t U v p q h"})},
+    {
+        # The registers of mma.m16n8k128.b1 (width 1), and pairs of them of mma.m16n8k16 (width 4), of kernels/lut.cu.
+        "cuda": Tiles("U v h p q t", {1: "g t O w h U v p q", 4: "O w g t U v p q h"}),
+        # Lines of 16 dwords, one for each row; a nibble (width 1) is the four columns of a look-up of kernels/lut.cpp.
+        "cpu": Tiles("c U b t", {1: "c r b U t", 4: "c r b t U"}, "r", "r"),
+    },
 )
 QUICK = Layout(
     "quick",
     _WIDEST,
     ("affine", "table"),
-    # Those of mma.m16n8k16 and of wgmma.m64nNk16, at bit 16h + 8p + 4q + ... of a word, of kernels/quick.cuh.
     {
+        # Those of mma.m16n8k16 and of wgmma.m64nNk16, at bit 16h + 8p + 4q + ... of a word, of kernels/quick.cuh.
         "cuda": Tiles(
             "U v p q t h",
             {
@@ -319,7 +338,14 @@ QUICK = Layout(
                 4: "O w g t U v h p q",
                 8: "O w U g t v p h q",
             },
-        )
+        ),
+        # Lines of 16 dwords, one for each row; a byte's fields are four columns apart, of kernels/codes.h.
+        "cpu": Tiles(
+            "c U v h b",
+            {1: "c r b U v h", 2: "c U r b v h", 4: "c U v r b h", 8: "c U v h r b"},
+            "r",
+            "r",
+        ),
     },
 )
 LAYOUTS = {layout.name: layout for layout in (LUT, QUICK)}

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import timing
 from .cli import Exit
 from .errors import ArgumentError
-from .kernels import registry
+from .kernels import pages, registry
 from .kernels.layout import LAYOUTS
 from .neighbours import NEIGHBOURS, Held, Neighbour
 from .quantize import NAME_OF_DTYPE
@@ -185,7 +185,7 @@ class _Weight:
         for layout in sorted({call.layout for call in calls}):
             parts = LAYOUTS[layout].pack(self.qweight)
             count = timing.copies(sum(part.numel() * part.element_size() for part in parts), rotation)
-            self.packed[layout] = [parts, *([part.clone() for part in parts] for _ in range(count - 1))]
+            self.packed[layout] = [parts, *(pages.together(parts) for _ in range(count - 1))]
         self.others: list[tuple[Neighbour, Held | str, list[Any]]] = []
         for other in others:
             try:

@@ -20,7 +20,7 @@ from . import cache
 from .cli import Exit
 from .errors import Refused
 from .formats import bound, dequantize
-from .kernels import build, registry
+from .kernels import build, native, registry
 from .kernels.layout import LAYOUTS
 from .quantize import QuantLinear, quantize
 from .report import size
@@ -86,6 +86,17 @@ def _nvrtc() -> Finding:
             return Finding("warn", "nvrtc", "missing; matmuls run dense", refused.reason.advice)
         return Finding("ok", "nvrtc", "none; only GPUs need it")
     return Finding("ok", "nvrtc", f"{found}, {path}")
+
+
+def _cpu() -> Finding:
+    found = native.isas()
+    if not found:
+        return Finding("ok", "cpu kernels", "none: they need x86-64 with AVX2, on Linux; matmuls run dense")
+    try:
+        native.load("light.cpp", found[0])
+    except Refused as refused:
+        return Finding("warn", "cpu kernels", f"not compiled: {refused}"[:300], refused.reason.advice)
+    return Finding("ok", "cpu kernels", f"{found[0].name}, of {', '.join(isa.name for isa in found)}")
 
 
 def _own_cache() -> Finding:
@@ -165,6 +176,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _triton,
     _nvrtc,
     _compiler,
+    _cpu,
     _cache,
     _own_cache,
     _ops,
@@ -252,7 +264,7 @@ def _cell(kernel: registry.Kernel, form: str, bits: int) -> str:
     for device in kernel.devices:
         names = [SHORT[t] for t in registry.X_DTYPES if _accepts(kernel, form, bits, t, device)]
         if names:
-            found.setdefault(", ".join(names), []).append(device)
+            found.setdefault("all" if len(names) == len(SHORT) else ", ".join(names), []).append(device)
     return "; ".join(f"{', '.join(devices)}: {dtypes}" for dtypes, devices in found.items()) or "-"
 
 

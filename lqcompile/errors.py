@@ -101,6 +101,10 @@ class Reason(enum.Enum):
         "NVRTC, which compiles kernels for the GPU, was not found",
         "pip install nvidia-cuda-nvrtc, of the major CUDA version that torch.version.cuda names",
     )
+    NO_COMPILER = (
+        "there is no C++ compiler that compiles the kernels for this CPU, so its matmuls run dense",
+        "install g++ 11 or newer, or clang 13 (Debian: apt install g++), or set CXX to one",
+    )
     SLOWER = (
         "no kernel is predicted to be faster than leaving it to Inductor",
         "nothing to do",

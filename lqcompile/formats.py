@@ -146,13 +146,19 @@ def dequantize_grouped(w: QWeight, dtype: torch.dtype) -> torch.Tensor:
 def bound(y64: torch.Tensor, x64: torch.Tensor, w64: torch.Tensor, r: Rounding) -> torch.Tensor:
     """The largest error allowed at each element of y[m, n] = x[m, k] @ w[n, k].T (DESIGN section 6). All float64.
 
-    The sharp, statistical bound with factor 8, capped by the worst case.
+    The sharp, statistical bound with factor 8, capped by the worst case. An x of fixed point adds to both what its
+    steps, relative to the largest |x| of each block, can make of w.
     """
-    k = x64.shape[-1]
-    spread = (x64.square() @ w64.square().T).sqrt()
+    k, squares = x64.shape[-1], w64.square().T
+    spread = (x64.square() @ squares).sqrt()
     sharp = r.out * y64.abs() + 8 * (r.weight / math.sqrt(3) + math.sqrt(k) * r.accumulate) * spread
     gamma = k * r.accumulate / (1 - k * r.accumulate)
     worst = r.out * y64.abs() + (r.weight + gamma) * (x64.abs() @ w64.abs().T)
+    if r.input:
+        padded = torch.nn.functional.pad(x64.abs(), (0, -k % r.block)).unflatten(-1, (-1, r.block))
+        most = padded.amax(-1, keepdim=True).expand_as(padded).flatten(-2)[..., :k]
+        sharp += 8 * r.input / math.sqrt(3) * (most.square() @ squares).sqrt()
+        worst += r.input * (most @ w64.abs().T)
     # The additive term covers outputs in the subnormal range of half precision, for both.
     return torch.minimum(sharp, worst) + 2.0**-24
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from .errors import ArgumentError
 from .formats import GROUPED, code_range, validate
 
-# The planes are the kernels' own layout, so that whoever lowers a QuantLinear finds nothing to repack.
-from .kernels.layout import LUT, QUICK
+# The planes are the kernels' own layout by rows, which any device reads.
+from .kernels.layout import LUT, PLAIN, QUICK
 from .types import SCALE_DTYPES, Format, QWeight
 
 Group = int | str | None
@@ -273,7 +273,7 @@ class QuantLinear(nn.Module):
     def from_weight(cls, weight: QWeight, bias: Tensor | None = None) -> QuantLinear:
         """Packs `weight`; a `bias` [n] that is a Parameter is kept. Raises ArgumentError if malformed."""
         layout = LUT if validate(weight).format.form == "binary" else QUICK
-        planes = layout.pack(weight, "cpu")[: len(layout.widths(weight.format))]
+        planes = layout.pack(weight, PLAIN)[: len(layout.widths(weight.format, PLAIN))]
         tensors = {f"plane{i}": plane for i, plane in enumerate(planes)}
         given = {name: getattr(weight, name) for name in (*GROUPED, "table", "perm")}
         tensors.update((name, value) for name, value in given.items() if value is not None)
@@ -326,7 +326,7 @@ class QuantLinear(nn.Module):
     def _codes(self) -> Tensor:
         shift, parts = 0, []
         layout = LUT if self._format.form == "binary" else QUICK
-        for i, width in enumerate(layout.widths(self._format)):
+        for i, width in enumerate(layout.widths(self._format, PLAIN)):
             plane, mask = getattr(self, f"plane{i}"), (1 << width) - 1
             fields = torch.stack([(plane >> low) & mask for low in range(0, 8, width)], -1).flatten(1)
             parts.append(fields[:, : self.in_features] << shift)

@@ -29,8 +29,8 @@ def lines(report: Report) -> Iterator[Line]:
     yield "bold green" if report.rewritten and not missed else "bold yellow", f"  {report.verdict()}"
     for line in wrap(f"what to do: {report.next_step()}", "  ", "    "):
         yield "bold", line
-    if report.rewritten and report.device.get("kind") == "cpu":
-        yield "dim", "  a CPU has no low-bit kernels yet; to plan for a GPU that is not here: --arch sm_90"
+    if report.rewritten and report.device.get("kind") == "cpu" and not _fast(report):
+        yield "dim", "  no low-bit kernel of this CPU takes these weights; lq doctor and lq kernels say which there are"
     yield from _rewritten(report)
     yield from _kept(report)
     if report.breaks:
@@ -50,6 +50,11 @@ def lines(report: Report) -> Iterator[Line]:
         for text in report.warnings:
             for line in wrap(f"warning: {text}", "  ", "    "):
                 yield "yellow", line
+
+
+def _fast(report: Report) -> bool:
+    """Whether any matmul runs by another kernel than `dense`."""
+    return any(piece.kernel != "dense" for d in report.decisions for piece in d.pieces)
 
 
 def _rewritten(report: Report) -> Iterator[Line]:

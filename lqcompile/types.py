@@ -104,11 +104,16 @@ class QWeight:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Unit roundoffs that a kernel declares: of the weight it multiplies by, of its accumulator, of its output."""
+    """Unit roundoffs that a kernel declares: of the weight it multiplies by, of its accumulator, of its output.
+
+    input  of x where it is held as fixed point: relative to the largest |x| among `block` consecutive inputs
+    """
 
     weight: float
     accumulate: float
     out: float
+    input: float = 0.0
+    block: int = 1
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,11 @@ class Planner:
         problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), first.n, first.k, first.format, match.dtype, x.device)
         device = self._device or Device.of(problem.device)
         fused = match.recovered.fused
-        asked = (m_range, first.n, first.k, first.format, match.dtype, device, fused)
+        # The weights of a batch share one route, but each may have turned out to be of another format.
+        formats = tuple(dict.fromkeys(w.format for w in match.recovered.weights))
+        asked = (m_range, first.n, first.k, formats, match.dtype, device, fused)
         if asked not in self._choices:
-            self._choices[asked] = _choose(problem, m_range, device, fused)
+            self._choices[asked] = _choose(problem, formats, m_range, device, fused)
         choice = self._choices[asked]
         layout = choice.layout
         # By identity, kept alive here: equal weights of two layers are two packs.
@@ -131,22 +133,28 @@ def _pack(w: QWeight, layout: str) -> Packed:
     return Packed(layout, w.format, w.n, w.k, LAYOUTS[layout].pack(w), w.perm)
 
 
-def _choose(problem: Problem, m_range: tuple[int, int | None], device: Device, fused: str) -> Choice:
+def _choose(
+    problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str
+) -> Choice:
+    """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
+
+    Raises Refused where none does, or where the library's own operation `fused` ("" for none) is as fast.
+    """
     low, high = m_range
     m = sympy.Symbol("m", positive=True, integer=True)
     priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
     best: tuple[float, Choice] | None = None
     dense = Candidate("dense weight", "", cost.dense(priced, device))
     for name, layout in LAYOUTS.items():
-        if problem.format.form not in layout.forms:
+        if any(f.form not in layout.forms for f in formats):
             continue
-        call = Call(name, problem.format, problem.n, problem.k)
+        calls = [Call(name, f, problem.n, problem.k) for f in formats]
         candidates = [
             Candidate(kernel.name, name, kernel.seconds(priced, name, device))
             for kernel in registry.discover().values()
             if name in kernel.layouts
             and device.kind in kernel.devices
-            and kernel.accepts(call, problem.x_dtype, device.kind) is None
+            and all(kernel.accepts(call, problem.x_dtype, device.kind) is None for call in calls)
         ]
         if candidates:
             found = cost.pieces(candidates, low, high)

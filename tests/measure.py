@@ -1,4 +1,5 @@
-"""What README's table of measurements states, measured again: `python -m tests.measure compile|explain|freshness`.
+"""What README's table of measurements states, measured again: `python -m tests.measure WHAT`: compile, explain,
+freshness, kernel (the C++ of one) or sentences (MiniLM).
 
 Every figure is a ratio, or a difference, within one run: candidates take turns, medians are printed.
 """
@@ -6,6 +7,7 @@ Every figure is a ratio, or a difference, within one run: candidates take turns,
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import os
 import statistics
@@ -17,7 +19,7 @@ import time
 import torch
 from torch import nn
 
-from lqcompile import backend
+from lqcompile import backend, demo, quantize
 from lqcompile.passes import pipeline
 from lqcompile.report import Report
 from tests.models import Dequant
@@ -159,10 +161,68 @@ def freshness(repeats: int) -> None:
     )
 
 
+KERNEL = """
+import time, torch
+from lqcompile.kernels import cpu, native
+from lqcompile.kernels.registry import Call
+from lqcompile.types import Format
+native.isas(), native.has_compiler()
+start = time.perf_counter()
+call = Call("quick", Format("affine", 4, 128, "int", "float32"), 512, 512)
+cpu.Launcher("quick.cpp", call, torch.float32, native.isas()[0])
+print(time.perf_counter() - start)
+"""
+
+
+def kernel(repeats: int) -> None:
+    """Seconds until one CPU kernel is compiled and loaded, and until a new process has it from the cache."""
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            for state in ("cold", "new process"):
+                out = subprocess.run(
+                    [sys.executable, "-c", KERNEL],
+                    env={**os.environ, "LQ_CACHE_DIR": f"{folder}/lq"},
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                print(f"{state}: {float(out.stdout):.3f} s", flush=True)
+
+
+def sentences(repeats: int) -> None:
+    """One and 32 sentences of MiniLM: int4 by "lq" and by default torch.compile, and fp32 by the latter, in turns."""
+    loaded = demo._load()
+    assert not isinstance(loaded, str), loaded
+    fp32, inputs = loaded
+    model = quantize(copy.deepcopy(fp32), **demo.QUANTIZERS["int4"])
+    for count in (1, len(demo.SENTENCES)):
+        given = tuple(t[:count].contiguous() for t in inputs)
+        torch._dynamo.reset()
+        ways = {
+            "lq": torch.compile(model, backend="lq", dynamic=False),
+            "default": torch.compile(model, dynamic=False),
+            "fp32": torch.compile(fp32, dynamic=False),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        with torch.no_grad():
+            for turn in range(1 + 7 * repeats):
+                for name, way in ways.items():
+                    start = time.perf_counter()
+                    way(*given)
+                    # The first turn compiles.
+                    times[name].extend([time.perf_counter() - start] if turn else [])
+        lq, default, plain = (1e3 * statistics.median(times[name]) for name in ways)
+        print(
+            f"{count} sentences: lq {lq:.1f} ms, default {default:.1f} ms ({default / lq:.2f}x), "
+            f"fp32 {plain:.1f} ms ({plain / lq:.2f}x)",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Parses the command line and runs one measurement."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__)
-    parser.add_argument("what", choices=("compile", "explain", "freshness", "one"))
+    parser.add_argument("what", choices=("compile", "explain", "freshness", "kernel", "sentences", "one"))
     parser.add_argument("--backend", default="lq")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
@@ -172,6 +232,10 @@ def main() -> None:
         compile_time(given.repeats)
     elif given.what == "explain":
         explaining(given.repeats)
+    elif given.what == "kernel":
+        kernel(given.repeats)
+    elif given.what == "sentences":
+        sentences(given.repeats)
     else:
         freshness(given.repeats)
 

@@ -19,7 +19,7 @@ from lqcompile.formats import (
     parts_of,
     validate,
 )
-from lqcompile.kernels.layout import LAYOUTS, LUT, QUICK, check_parts, unpack_plane
+from lqcompile.kernels.layout import LAYOUTS, LUT, PLAIN, QUICK, check_parts, unpack_plane
 from lqcompile.types import SCALE_DTYPES, Format, QWeight, Rounding
 
 KINDS = [("affine", "none"), ("affine", "int"), ("affine", "float"), ("table", "none")]
@@ -192,7 +192,7 @@ def test_planes_are_where_the_docstring_puts_them(layout, bits):
     assert sum(layout.fields[bits]) == bits
     w = make(Format("affine", bits, 11, "int", "float16"), 3, 11)
     shift = 0
-    for plane, width in zip(layout.pack(w), layout.fields[bits], strict=False):
+    for plane, width in zip(layout.pack(w, PLAIN), layout.fields[bits], strict=False):
         for row in range(w.n):
             for column in range(w.k):
                 byte, j = divmod(column, 8 // width)

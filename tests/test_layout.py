@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lqcompile.errors import ArgumentError
 from lqcompile.formats import GROUPED, code_range, parts_of
-from lqcompile.kernels.layout import LAYOUTS, LUT, QUICK, Tiles, check_parts
+from lqcompile.kernels.layout import LAYOUTS, LUT, PLAIN, QUICK, Tiles, check_parts
 from lqcompile.types import SCALE_DTYPES, Format, QWeight
 
 from .test_formats import SEEDS, make, same
@@ -203,8 +203,8 @@ def broken(parts, rows, i):
 def test_check_parts_rejects_each_broken_part(form, zero, bits):
     w = make(Format(form, bits, 64, zero, "float16"), 70, 320)
     f, parts = w.format, LUT.pack(w, "cuda")
-    rows = LUT.pack(w, "cpu")
-    rows = [rows[0], *rows[len(LUT.widths(f, "cpu")) :]]
+    rows = LUT.pack(w, PLAIN)
+    rows = [rows[0], *rows[len(LUT.widths(f, PLAIN)) :]]
     for i, name in enumerate(LUT.names(f, "cuda")):
         for suffix, bad in broken(parts, rows, i):
             with pytest.raises(ArgumentError) as error:
@@ -257,9 +257,10 @@ def test_whole_tiles_of_a_packed_weight_are_the_packed_slice(form, zero, data):
 def test_only_declared_devices_have_tiles():
     format = Format("affine", 4, 32, "int", "float16")
     w = make(format, 5, 64)
-    assert LUT.names(format, "cuda")[0] == "planes"
+    assert LUT.names(format, "cuda")[0] == LUT.names(format, "cpu")[0] == "planes"
     for layout in LAYOUTS.values():
         assert [tuple(part.shape) for part in layout.pack(w)] == [tuple(part.shape) for part in layout.pack(w, "cpu")]
+        same(layout.unpack(layout.pack(w, PLAIN), format, 5, 64, PLAIN), w)
         with pytest.raises(ArgumentError, match="parts"):
-            layout.unpack(layout.pack(w, "cpu"), format, 6, 64)
-    assert dataclasses.replace(LUT, tiles={}).names(format, "cuda") == LUT.names(format, "cpu")
+            layout.unpack(layout.pack(w, PLAIN), format, 6, 64, PLAIN)
+    assert dataclasses.replace(LUT, tiles={}).names(format, "cuda") == LUT.names(format, PLAIN)

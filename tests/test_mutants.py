@@ -70,7 +70,7 @@ def _parts(place, change):
     """A kernel that sees one of its parts changed: 0 is the first plane, 1 the scale."""
 
     def altered(original, parts, call, dtype):
-        planes = len(layout.LAYOUTS[call.layout].widths(call.format))
+        planes = 1
         parts = list(parts)
         at = 0 if place == 0 else planes + place - 1
         parts[at] = change(parts[at])
@@ -97,7 +97,7 @@ def _no_bias(patch):
 
 
 def _code_15(patch):
-    after(patch, layout.ROWS, "unpack", lambda codes: codes.clamp(max=14))
+    after(patch, layout.Tiles, "unpack", lambda codes: codes.clamp(max=14))
 
 
 def _relabelled(name, swap):
@@ -292,6 +292,7 @@ def patch(monkeypatch):
     for name in list(registry.discover()):
         if name != "dense":
             monkeypatch.delitem(registry.KERNELS, name)
+    monkeypatch.setattr(dense, "FAST", {})
     ops.parse_route.cache_clear()
     yield monkeypatch
     monkeypatch.undo()

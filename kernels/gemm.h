@@ -1,0 +1,227 @@
+// y[m, n] = x[m, k] @ w[n, k].T + bias[n] by whole numbers: dots of x's digits with codes, or with each plane of a
+// binary weight, scaled block by block in float32. Every way adds the same numbers in the same order, so results are
+// the same bits for any number of rows and threads and any instructions.
+#include <cstdlib>
+
+// A binary weight is LQ_BITS planes of one bit, w = sum alpha * (2 bit - 1) + offset; else w = (code - zero) * scale.
+constexpr int BITS = LQ_BINARY ? 1 : LQ_BITS, PLANES = LQ_BINARY ? LQ_BITS : 1, D = LQ_DIGITS;
+// Of the four chunks of 32 columns of a tile how many a block has.
+constexpr int PER = LQ_BLOCK / 32;
+constexpr int64_t TILE = 256 * LQ_BITS;
+// Row tiles that are read at a time: memory serves several streams better than one.
+constexpr int STREAMS = 4;
+// Digits of a chunk of rows should stay in the second cache.
+constexpr int64_t CHUNK_BYTES = 1 << 20, CHUNK_ROWS = 128;
+// From so many rows on the tiles of a CPU that has them are faster.
+constexpr int64_t BATCH = 2;
+
+// zero: of a binary weight the offset. `low`: the zero where there are none. `groups` as stored, of a row tile.
+struct Job {
+  const void* x;
+  const uint8_t* codes;
+  const void* scale;
+  const void* zero;
+  const void* bias;
+  void* y;
+  int64_t m, n, k, span, groups;
+  int x_type, scale_type, zero_type;
+  float low;
+
+  int64_t tiles() const { return (k + 127) / 128; }
+  int64_t row_tiles() const { return (n + 15) / 16; }
+  // Row tiles of one of `parts` parts of w.
+  int64_t part(int parts) const { return (row_tiles() + parts - 1) / parts; }
+  // The place of the factors of a row tile and a block.
+  int64_t group(int64_t row_tile, int64_t block_index) const { return row_tile * groups + block_index / span; }
+  // Asks for the factors of a tile, some tiles ahead of the one whose first group is `group`.
+  void ask_factors(int64_t group) const {
+    ask_some(scale, group * PLANES, scale_type, PLANES);
+    if (zero) ask_some(zero, group, zero_type, 1);
+  }
+  static void ask_some(const void* p, int64_t place, int type, int planes) {
+    const int64_t row = type == FLOAT32 ? 64 : 32;
+    const char* at = static_cast<const char*>(p) + place * row + 256;
+    for (int64_t i = 0; i < row * planes * (4 / PER); i += 64) _mm_prefetch(at + i, _MM_HINT_T0);
+  }
+};
+
+// What 16 rows of plane p of w are scaled by in one block: LANES of them from `part` on.
+struct Factors {
+  Floats scale, zero;
+
+  LQ_INLINE Factors(const Job& job, int64_t group, int p, int part) {
+    scale = numbers(job.scale, job.scale_type, (group * PLANES + p) * 16 + part * LANES);
+    zero = job.zero ? numbers(job.zero, job.zero_type, group * 16 + part * LANES) : floats(job.low);
+  }
+
+  // y and what the plane adds to it, from its dots with x's digits in a block of which `fact` are the facts.
+  LQ_INLINE Floats scaled(Floats y, const Ints* dots, const float* fact) const {
+    Floats sum = floats(0.0f);
+    for (int d = D - 1; d >= 0; d--) {
+      const Floats dot = to_floats(LQ_BINARY ? left<1>(dots[d]) : dots[d]);
+      const Floats centred = less(LQ_BINARY ? floats(1.0f) : zero, floats(fact[1 + d]), dot);
+      sum = d == D - 1 ? centred : fma(sum, floats(256.0f), centred);
+    }
+    return fma(mul(sum, scale), floats(fact[0]), y);
+  }
+
+  // y and what a binary weight's offset adds to it.
+  LQ_INLINE Floats offset(Floats y, const float* fact) const {
+    float sum = fact[D];
+    for (int d = D - 1; d > 0; d--) sum = __builtin_fmaf(sum, 256.0f, fact[d]);
+    return fma(mul(floats(sum), zero), floats(fact[0]), y);
+  }
+};
+
+LQ_INLINE void write_row(const Job& job, int64_t row, int64_t column, Floats y) {
+  const int64_t count = job.n - column < LANES ? job.n - column : LANES;
+  if (count <= 0) return;
+  if (job.bias) {
+    alignas(64) char some[4 * LANES] = {};
+    const int size = job.x_type == FLOAT32 ? 4 : 2;
+    std::memcpy(some, static_cast<const char*>(job.bias) + column * size, count * size);
+    y = add(y, numbers(some, job.x_type, 0));
+  }
+  write(job.y, job.x_type, row * job.n + column, y, count);
+}
+
+// Asks for a line that will be read soon.
+LQ_INLINE void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p) + AHEAD, _MM_HINT_T0); }
+
+// y[R] and what a plane of a tile adds to it: LANES of its rows, `codes` at their first byte. `x` are the first digits of
+// R rows in the tile's columns, `facts` of its first block, `group` the place of that one's factors.
+template <int R>
+LQ_INLINE void add_tile(const Job& job, int64_t tall, const int8_t* const* x, const float* const* facts, int64_t next_fact,
+                        const uint8_t* plane, int64_t group, int p, int part, Floats* y) {
+  for (int c = 0; c < 4; c += PER, group++) {
+    Ints sums[R][D][2] = {};
+#pragma GCC unroll 4
+    for (int i = c; i < c + PER; i++) {
+      Ints codes[8];
+      for (int line = 0; line < BITS; line++)
+        if (line % PARTS == part) ask(plane + 64 * (BITS * i + line));
+      codes_of<BITS>(plane + part * 4 * LANES, i, codes);
+      for (int r = 0; r < R; r++) {
+        for (int d = 0; d < D; d++) {
+          const int8_t* digits = x[r] + (128 * d + i / 2 * 64) * tall + i % 2 * 32;
+          // Hidden from the compiler, which would read all digits once for all streams, into more registers than
+          // there are.
+          __asm__("" : "+r"(digits));
+          sums[r][d][i % 2] = dot<BITS>(codes, digits, sums[r][d][i % 2]);
+        }
+      }
+    }
+    const Factors factors(job, group, p, part);
+    for (int r = 0; r < R; r++) {
+      const float* fact = facts[r] + c / PER * next_fact;
+      Ints dots[D];
+      for (int d = 0; d < D; d++) dots[d] = add(sums[r][d][0], sums[r][d][1]);
+      if (LQ_BINARY && p == 0 && job.zero) y[r] = factors.offset(y[r], fact);
+      y[r] = factors.scaled(y[r], dots, fact);
+    }
+  }
+}
+
+// The row tiles `first` of each of STREAMS parts of w, for R rows of x from `row` on, of the chunk that begins at
+// `start`. Whoever goes on with the next row tile finds it asked for already.
+template <int R> void few(const Job& job, const Digits& x, int64_t start, int64_t row, int64_t first) {
+  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1, part_of = job.part(STREAMS);
+  const int64_t next_fact = x.rows * (1 + D);
+  Floats y[STREAMS][PARTS][R];
+  const uint8_t* codes[STREAMS];
+  int64_t factors[STREAMS], rows[R];
+  for (int r = 0; r < R; r++) rows[r] = row + r < x.rows ? row + r : x.rows - 1;
+  for (int s = 0; s < STREAMS; s++) {
+    const int64_t row_tile = first + s * part_of < last ? first + s * part_of : last;
+    codes[s] = job.codes + row_tile * tiles * TILE;
+    factors[s] = row_tile * job.groups;
+    for (auto& part : y[s])
+      for (auto& v : part) v = floats(0.0f);
+  }
+  for (int64_t tile = 0, group = 0, in_group = 0; tile < tiles; tile++) {
+    const int8_t* digits[R];
+    const float* facts[R];
+    for (int r = 0; r < R; r++) {
+      digits[r] = x.digits + x.place(tile, rows[r], 0);
+      facts[r] = x.fact(tile * (4 / PER), rows[r]);
+    }
+    for (int s = 0; s < STREAMS; s++) {
+      job.ask_factors(factors[s] + group);
+      for (int p = 0; p < PLANES; p++)
+        for (int part = 0; part < PARTS; part++)
+          add_tile<R>(job, x.tall, digits, facts, next_fact, codes[s] + p * 256, factors[s] + group, p, part,
+                           y[s][part]);
+      codes[s] += TILE;
+    }
+    if (PER < 4) {
+      group += 4 / PER;
+    } else if (++in_group == job.span) {
+      group++;
+      in_group = 0;
+    }
+  }
+  for (int s = 0; s < STREAMS && first + s * part_of <= last; s++)
+    for (int part = 0; part < PARTS; part++)
+      for (int r = 0; r < R && row + r < x.rows; r++)
+        write_row(job, start + row + r, (first + s * part_of) * 16 + part * LANES, y[s][part][r]);
+}
+
+#include "amx.h"
+#include "tables.h"
+
+// Memory that a thread keeps from call to call.
+struct Room {
+  void* memory = nullptr;
+  size_t size = 0;
+  ~Room() { std::free(memory); }
+  void* of(size_t wanted) {
+    if (wanted > size) {
+      std::free(memory);
+      size = round_up(wanted, 4096);
+      memory = std::aligned_alloc(4096, size);
+      if (!memory) size = 0;
+    }
+    return memory;
+  }
+};
+
+inline int run(const Job& job, int threads) {
+  static thread_local Room room;
+  const int64_t fit = CHUNK_BYTES / (round_up(job.k, 128) * D) / 16 * 16;
+  const int64_t most = fit < 32 ? 32 : fit < CHUNK_ROWS ? fit : CHUNK_ROWS, rows = job.m < most ? job.m : most;
+  const int64_t digits = bytes_of_digits(rows, job.k, D), blocks = round_up(job.k, 128) / LQ_BLOCK;
+  const int64_t facts = round_up(blocks * rows * (1 + D) * sizeof(float), 64);
+  char* memory = static_cast<char*>(room.of(digits + facts + (LQ_TABLES ? job.tiles() * 8 * 192 : 0)));
+  if (!memory) return 1;
+#pragma omp parallel num_threads(threads)
+  for (int64_t start = 0; start < job.m; start += most) {
+    const int64_t here = job.m - start < most ? job.m - start : most;
+    const int64_t tall = here < 16 ? here : 16;
+    const Digits x{reinterpret_cast<int8_t*>(memory), reinterpret_cast<float*>(memory + digits), here, tall, D};
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < here; row++)
+      digits_of_row<D>(x, job.x, job.x_type, start + row, row, job.k, LQ_BLOCK);
+#if LQ_TABLES
+    if (here == 1) {
+      uint8_t* tables = reinterpret_cast<uint8_t*>(memory + digits + facts);
+#pragma omp for schedule(static)
+      for (int64_t tile = 0; tile < job.tiles(); tile++) tables_of(x, tile, tables + tile * 8 * 192);
+#pragma omp for schedule(static)
+      for (int64_t first = 0; first < job.part(TABLE_STREAMS); first++) look_up(job, x, start, first, tables);
+      continue;
+    }
+#endif
+#if LQ_AMX
+    if (here >= BATCH) {
+      batch(job, x, start);
+      continue;
+    }
+#endif
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < job.part(STREAMS); first++) {
+      if (here == 1) few<1>(job, x, start, 0, first);
+      for (int64_t row = 0; here > 1 && row < here; row += 4) few<4>(job, x, start, row, first);
+    }
+  }
+  return 0;
+}
