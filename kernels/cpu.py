@@ -110,9 +110,7 @@ def _warn(reason: Reason, detail: str) -> None:
     warnings.warn(f"lqcompile: {reason.sentence}: {detail}\n{reason.advice}", stacklevel=5)
 
 
-def run(
-    source: str, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor
-) -> None:
+def run(source: str, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
     """y[m, n] = x[m, k] @ w[n, k].T + bias[n] into `out`, on torch's threads; dense where nothing compiles."""
     found = launcher(source, call, x.dtype)
     if found is None:

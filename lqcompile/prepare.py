@@ -22,8 +22,6 @@ TRACING = {
 }
 
 
-
-
 def _never_cached(tensor: Any) -> float:
     """Stands for the key of a cache: not even equal to itself."""
     return math.nan

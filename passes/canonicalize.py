@@ -92,7 +92,7 @@ def contraction(node: fx.Node) -> Contraction | None:
 
 
 def qualified_name(node: fx.Node) -> str:
-    """"namespace::operation" of what a node calls; PyTorch's own functions are taken for operations of aten."""
+    """ "namespace::operation" of what a node calls; PyTorch's own functions are taken for operations of aten."""
     packet = getattr(node.target, "overloadpacket", node.target)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return getattr(packet, "_qualified_op_name", f"aten::{name}") if node.op == "call_function" else ""

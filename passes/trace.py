@@ -236,9 +236,7 @@ class Evaluation:
         An index makes no value, but codes that pick from far fewer values are codes; what picks whole rows is not.
         """
         source = op.tensors[0]
-        value, coded = known(source), any(
-            known(t).lowbit and out.numel() <= WIDEST * t.numel() for t in op.tensors[1:]
-        )
+        value, coded = known(source), any(known(t).lowbit and out.numel() <= WIDEST * t.numel() for t in op.tensors[1:])
         table = None
         if value.shadow is not None and (not self.form(source).terms or (coded and not value.lowbit)):
             table = algebra.levels_of(value.shadow)
