@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,8 @@ from typing import Any
 from .errors import ArgumentError
 
 CHECK_WEIGHTS = ("every_call", "never")
+# Rows of x, and how often: mostly steps of decoding, for a few requests at a time, with now and then a prompt.
+WORKLOAD = {1: 128.0, 2: 32.0, 4: 32.0, 8: 32.0, 16: 32.0, 512: 1.0, 1024: 1.0, 2048: 1.0, 4096: 1.0}
 
 
 @dataclass(frozen=True)
@@ -21,18 +24,21 @@ class Config:
     check_weights  "every_call" compares every source tensor with the one that was packed; "never" leaves
                    that to lqcompile.refresh(model)
     explain        print what became of each matmul, on stderr, whenever a graph is compiled; LQ_EXPLAIN=1 does too
+    workload       by number of rows of x how often they come, in any unit: where that number is not known when a model
+                   is compiled, each weight is packed for what takes the least time over all
     inductor       options of Inductor itself, passed on
     """
 
     strict: bool = False
     check_weights: str = "every_call"
     explain: bool = False
+    workload: Mapping[int, float] = field(default_factory=lambda: dict(WORKLOAD))
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """Names everything of ours that may change generated code; part of both Inductor cache keys."""
-        return f"strict={self.strict}"
+        return f"strict={self.strict} workload={sorted(self.workload.items())}"
 
 
 OWN = tuple(f.name for f in fields(Config) if f.name != "inductor")
@@ -57,12 +63,26 @@ def make(mode: str | None, options: Mapping[str, Any] | None) -> Config:
             raise ArgumentError(f"options['{flag}']", own[flag], "True | False")
     if own.get("check_weights", CHECK_WEIGHTS[0]) not in CHECK_WEIGHTS:
         raise ArgumentError("options['check_weights']", own["check_weights"], " | ".join(CHECK_WEIGHTS))
+    if "workload" in own:
+        own["workload"] = _workload(own["workload"])
     inductor = {**modes.get(mode or "default", {}), **{k.replace("-", "_"): v for k, v in given.items()}}
     if environment("LQ_STRICT") == "1":
         own.setdefault("strict", True)
     if environment("LQ_EXPLAIN") == "1":
         own.setdefault("explain", True)
     return Config(**own, inductor=inductor)
+
+
+def _workload(given: Any) -> dict[int, float]:
+    """Raises ArgumentError for anything but positive shares of positive numbers of rows."""
+    accepted = "{rows of x, from 1 up: a positive number, ...}"
+    if not isinstance(given, Mapping) or not given:
+        raise ArgumentError("options['workload']", given, accepted)
+    for rows, share in given.items():
+        numbers = type(rows) is int and isinstance(share, (int, float)) and not isinstance(share, bool)
+        if not numbers or rows < 1 or not 0 < share < math.inf:
+            raise ArgumentError("options['workload']", {rows: share}, accepted)
+    return {rows: float(share) for rows, share in given.items()}
 
 
 def environment(name: str) -> str | None:

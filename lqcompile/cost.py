@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sympy
 
 from .device import Device
 from .types import Candidate, Piece, Problem
-
-# Where a plan for an unbounded m is compared: decode-heavy, with the usual lengths of prefill.
-WORKLOAD = (1, 2, 4, 8, 16, 512, 1024, 2048, 4096)
 
 
 def dense(problem: Problem, device: Device) -> sympy.Expr:
@@ -54,12 +51,14 @@ def pieces(candidates: Sequence[Candidate], low: int, high: int | None) -> tuple
     return tuple(out)
 
 
-def total(found: Sequence[Piece], candidates: Sequence[Candidate], low: int, high: int | None) -> float:
-    """Seconds over the declared workload inside [low, high], each m counted once."""
-    ms = [m for m in WORKLOAD if m >= low and (high is None or m <= high)] or [low]
+def total(
+    found: Sequence[Piece], candidates: Sequence[Candidate], low: int, high: int | None, workload: Mapping[int, float]
+) -> float:
+    """Seconds over the part of the workload (a share for each m) that lies inside [low, high], or at low."""
+    inside = {m: share for m, share in workload.items() if m >= low and (high is None or m <= high)} or {low: 1.0}
     by_name = {c.kernel: c.seconds for c in candidates}
     seconds = 0.0
-    for m in ms:
+    for m, share in inside.items():
         piece = next(p for p in found if p.high is None or m <= p.high)
-        seconds += sample(by_name[piece.kernel], [m])[0]
+        seconds += share * sample(by_name[piece.kernel], [m])[0]
     return seconds

@@ -76,7 +76,7 @@ def _run(
         recogniser = Recogniser(module, constants, config.strict)
         found += _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
         outcome.analysed = recogniser.reader.analysed
-        plans, refused = _timed(outcome, "plan", lambda: _plan(found, device), lambda p: len(p[0]))
+        plans, refused = _timed(outcome, "plan", lambda: _plan(found, config, device), lambda p: len(p[0]))
         while plans and outcome.lowered is None:
             _lower(outcome, module, constants, plans, refused, config.strict, runs=device is None)
         by_node = {plan.match.anchor: plan for plan in plans}
@@ -143,8 +143,10 @@ def _timed(outcome: Outcome, name: str, work: Callable[[], T], count: Callable[[
     return result
 
 
-def _plan(found: Sequence[Match | Kept], device: Device | None) -> tuple[list[Plan], dict[fx.Node, Reason]]:
-    planner, plans, refused = Planner(device), [], {}
+def _plan(
+    found: Sequence[Match | Kept], config: Config, device: Device | None
+) -> tuple[list[Plan], dict[fx.Node, Reason]]:
+    planner, plans, refused = Planner(config.workload, device), [], {}
     with torch.inference_mode(False), torch.no_grad():
         for match in found:
             if isinstance(match, Match):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,13 +94,13 @@ class Choice:
 
 
 class Planner:
-    """Plans the matches of one graph for `device`, by default the one that they are on.
+    """Plans the matches of one graph for `device`, by default the one that they are on, and for a workload.
 
     Matmuls that share a weight share its packed copy.
     """
 
-    def __init__(self, device: Device | None = None) -> None:
-        self._device = device
+    def __init__(self, workload: Mapping[int, float], device: Device | None = None) -> None:
+        self._workload, self._device = workload, device
         self._packed: dict[tuple[int, str], tuple[Packed, ...]] = {}
         self._kept: list[Recovered] = []
         self._choices: dict[tuple[Any, ...], Choice] = {}
@@ -117,7 +117,7 @@ class Planner:
         formats = tuple(dict.fromkeys(w.format for w in match.recovered.weights))
         asked = (m_range, first.n, first.k, formats, match.dtype, device, fused)
         if asked not in self._choices:
-            self._choices[asked] = _choose(problem, formats, m_range, device, fused)
+            self._choices[asked] = self._choose(problem, formats, m_range, device, fused)
         choice = self._choices[asked]
         layout = choice.layout
         # By identity, kept alive here: equal weights of two layers are two packs.
@@ -128,48 +128,47 @@ class Planner:
         packed, route = self._packed[key], _route(choice.pieces)
         return Plan(match, layout, route, choice.pieces, packed, m, m_range, choice, device)
 
+    def _choose(
+        self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str
+    ) -> Choice:
+        """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
+
+        Raises Refused where none does, or where the library's own operation `fused` ("" for none) is as fast.
+        """
+        low, high = m_range
+        m = sympy.Symbol("m", positive=True, integer=True)
+        priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
+        best: tuple[float, Choice] | None = None
+        dense = Candidate("dense weight", "", cost.dense(priced, device))
+        for name, layout in LAYOUTS.items():
+            if any(f.form not in layout.forms for f in formats):
+                continue
+            calls = [Call(name, f, problem.n, problem.k) for f in formats]
+            candidates = [
+                Candidate(kernel.name, name, kernel.seconds(priced, name, device))
+                for kernel in registry.discover().values()
+                if name in kernel.layouts
+                and device.kind in kernel.devices
+                and all(kernel.accepts(call, problem.x_dtype, device.kind) is None for call in calls)
+            ]
+            if candidates:
+                found = cost.pieces(candidates, low, high)
+                seconds = cost.total(found, candidates, low, high, self._workload)
+                if best is None or seconds < best[0]:
+                    best = (seconds, Choice(name, found, tuple(candidates), dense))
+        if best is None:
+            raise Refused(Reason.NO_KERNEL, f"{problem.format} on {device.kind}")
+        theirs = meanings.seconds(fused, priced, device)
+        if theirs is not None:
+            # A library's own kernel is taken over only where ours is faster.
+            own = Candidate(fused, "", theirs)
+            if cost.total(cost.pieces([own], low, high), [own], low, high, self._workload) <= best[0]:
+                raise Refused(Reason.SLOWER, fused)
+        return best[1]
+
 
 def _pack(w: QWeight, layout: str) -> Packed:
     return Packed(layout, w.format, w.n, w.k, LAYOUTS[layout].pack(w), w.perm)
-
-
-def _choose(
-    problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str
-) -> Choice:
-    """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
-
-    Raises Refused where none does, or where the library's own operation `fused` ("" for none) is as fast.
-    """
-    low, high = m_range
-    m = sympy.Symbol("m", positive=True, integer=True)
-    priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
-    best: tuple[float, Choice] | None = None
-    dense = Candidate("dense weight", "", cost.dense(priced, device))
-    for name, layout in LAYOUTS.items():
-        if any(f.form not in layout.forms for f in formats):
-            continue
-        calls = [Call(name, f, problem.n, problem.k) for f in formats]
-        candidates = [
-            Candidate(kernel.name, name, kernel.seconds(priced, name, device))
-            for kernel in registry.discover().values()
-            if name in kernel.layouts
-            and device.kind in kernel.devices
-            and all(kernel.accepts(call, problem.x_dtype, device.kind) is None for call in calls)
-        ]
-        if candidates:
-            found = cost.pieces(candidates, low, high)
-            seconds = cost.total(found, candidates, low, high)
-            if best is None or seconds < best[0]:
-                best = (seconds, Choice(name, found, tuple(candidates), dense))
-    if best is None:
-        raise Refused(Reason.NO_KERNEL, f"{problem.format} on {device.kind}")
-    theirs = meanings.seconds(fused, priced, device)
-    if theirs is not None:
-        # A library's own kernel is taken over only where ours is faster.
-        own = Candidate(fused, "", theirs)
-        if cost.total(cost.pieces([own], low, high), [own], low, high) <= best[0]:
-            raise Refused(Reason.SLOWER, fused)
-    return best[1]
 
 
 def _route(found: Sequence[Piece]) -> str:
