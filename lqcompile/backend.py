@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from . import profile
 from .config import Config, make
 from .device import Device
 from .errors import ArgumentError, Refused
@@ -289,7 +290,7 @@ def report_of(module: fx.GraphModule, outcome: Outcome, planned: Device | None =
     """The report of one graph; `planned` is the device that was planned for where that is not the tensors' own."""
     fakes = (fake_value(n) for n in module.graph.nodes)
     kind = next((t.device for t in fakes if isinstance(t, Tensor)), torch.device("cpu"))
-    device = planned or (Device.of(kind) if kind.type in ("cpu", "cuda") else None)
+    device = planned or (profile.of(kind) if kind.type in ("cpu", "cuda") else None)
     facts: dict[str, Any] = {"name": device.name if device else str(kind), "kind": device.kind if device else kind.type}
     facts["real"] = planned is None
     passes = tuple(PassRecord(*record) for record in outcome.passes)

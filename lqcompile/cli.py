@@ -72,6 +72,12 @@ def _bench(given: argparse.Namespace) -> int:
     return bench.bench(bench.Options(**chosen), ("lq", *given.argv))
 
 
+def _calibrate(given: argparse.Namespace) -> int:
+    from . import bench, calibrate
+
+    return calibrate.calibrate(given.device or bench.default_device())
+
+
 BENCH = (
     "shapes",
     "ms",
@@ -192,6 +198,9 @@ def parser() -> argparse.ArgumentParser:
     cache = _command(commands, "cache", "what lqcompile has compiled and kept", "lq cache show", _cache)
     cache.add_argument("action", choices=("show", "verify", "clear"))
     _bench_parser(commands)
+    about = "measure what the cost model needs to know of this machine, and keep it"
+    calibrate = _command(commands, "calibrate", about, "lq calibrate", _calibrate)
+    calibrate.add_argument("--device", type=_read("device"), metavar="DEVICE", help="cpu | cuda | cuda:N")
     return top
 
 

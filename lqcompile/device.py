@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import platform
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -58,7 +60,16 @@ class Device:
             return Device("cuda", p.name, bandwidth, _rate(processors), launch, arch, processors)
         # Measured (CPU.md): one Sapphire Rapids core reads 17 GB/s and does 216 Gop/s of float32 FMA.
         threads = torch.get_num_threads()
-        return Device("cpu", f"cpu, {threads} threads", 17e9 * threads, 216e9 * threads, 5e-6, "cpu", threads)
+        return Device("cpu", f"{processor()}, {threads} threads", 17e9 * threads, 216e9 * threads, 5e-6, "cpu", threads)
+
+
+@functools.cache
+def processor() -> str:
+    """What this machine's CPU calls itself."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _rate(processors: int) -> float:

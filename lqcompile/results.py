@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import platform
 import shlex
 import shutil
 import statistics
@@ -11,12 +10,11 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .device import measured
+from .device import measured, processor
 from .errors import ArgumentError
 from .report import size
 
@@ -161,7 +159,7 @@ def facts(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         }
         found = _nvidia_smi(device, "driver_version")
         return out | ({"driver": found[0]} if found else {}) | {"clocks_at_start": clocks(device)}
-    out["device"] = {"type": "cpu", "name": _processor(), "threads": torch.get_num_threads()}
+    out["device"] = {"type": "cpu", "name": processor(), "threads": torch.get_num_threads()}
     return out
 
 
@@ -190,13 +188,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def head(document: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from .. import cost
+from .. import cost, profile
 from ..device import Device
 from ..errors import Reason, Refused
 from ..formats import refit
@@ -111,7 +111,7 @@ class Planner:
         m, m_range = _rows(match, x)
         first = match.recovered.weights[0]
         problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), first.n, first.k, first.format, match.dtype, x.device)
-        device = self._device or Device.of(problem.device)
+        device = self._device or profile.of(problem.device)
         fused = match.recovered.fused
         # The weights of a batch share one route, but each may have turned out to be of another format.
         formats = tuple(dict.fromkeys(w.format for w in match.recovered.weights))
