@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from . import timing
+from . import regret, timing
 from .cli import Exit
 from .errors import ArgumentError
 from .kernels import pages, registry
@@ -59,6 +59,7 @@ class Options:
     neighbours: bool = True
     json: Path | None = None
     repeats: int = 15
+    regret: bool = False
     time_limit: float | None = None
 
     def problems(self) -> list[Problem]:
@@ -239,6 +240,8 @@ class _Session:
         self.document["clocks_at_end"] = clocks(self.options.device)
         self.write()
         print("", summary(self.rows, len(self.skipped)), sep="\n")
+        if self.options.regret:
+            print("", regret.report(regret.points(self.rows, self.options.device)), sep="\n")
         bad = any(row.kind == "ours" and row.verdict in ("WRONG", "FAILED") for row in self.rows)
         return Exit.PROOF_FAILED if bad else Exit.FINE
 

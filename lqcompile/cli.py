@@ -89,6 +89,7 @@ BENCH = (
     "neighbours",
     "json",
     "repeats",
+    "regret",
     "time_limit",
 )
 
@@ -172,6 +173,9 @@ def _bench_parser(commands: Any) -> None:
         bench.add_argument(option, dest=name, type=_read(name), metavar=metavar, help=about)
     bench.add_argument("--bias", action=argparse.BooleanOptionalAction, help="add a bias (no)")
     bench.add_argument("--neighbours", action=argparse.BooleanOptionalAction, help="time other libraries too (yes)")
+    bench.add_argument(
+        "--regret", action=argparse.BooleanOptionalAction, help="what the cost model's choices cost (no)"
+    )
     bench.add_argument("--json", type=_writable, metavar="FILE", help="also write everything to FILE")
 
 

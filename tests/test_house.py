@@ -23,7 +23,7 @@ BESIDE = {"quantize": "formats", "profile": "cache", "freshness": "backend", "pr
 BESIDE |= {name: "cli" for name in ("demo", "doctor", "calibrate")}
 BESIDE |= {name: "report" for name in ("table", "viewer", "why")}
 BESIDE |= {name: "cli" for name in ("terminal", "target", "inspection")}
-BESIDE |= {name: "cli" for name in ("bench", "trial", "timing", "results", "neighbours")}
+BESIDE |= {name: "cli" for name in ("bench", "trial", "timing", "results", "regret", "neighbours")}
 LEVEL |= {name: LEVEL[beside] for name, beside in BESIDE.items()}
 
 
