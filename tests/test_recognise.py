@@ -279,13 +279,17 @@ class Fused(nn.Module):
         return torch.ops.lq_tests.packed_linear(x, x[:16].to(torch.uint8), self.scale[:, None], self.lengths)
 
 
-@pytest.mark.parametrize(("op", "kept"), [("library", [Reason.FUSED]), ("torch", [Reason.SLOWER]), ("other", [])])
-def test_a_librarys_own_operation_is_told_and_left(op, kept):
+@pytest.mark.parametrize(
+    ("op", "told"),
+    [("library", [[Reason.FUSED]]), ("torch", [[Reason.SLOWER], [None]]), ("other", [[]])],
+)
+def test_a_librarys_own_operation_is_told_and_left_or_taken_over(op, told):
+    """PyTorch's own is taken over on a CPU for which there is a faster kernel."""
     model, x = Fused(op).eval(), torch.randn(20, 32)
     torch._dynamo.reset()
     with torch.no_grad():
         report = lqcompile.explain(model, x)
-        assert [d.reason for d in report.decisions] == kept
+        assert [d.reason for d in report.decisions] in told
         if op != "torch":  # Inductor of torch 2.13 fails on small ones of these by itself
             fused = torch.compile(model, backend="lq", options={"strict": True})
             assert torch.allclose(fused(x), model(x), rtol=1e-5, atol=1e-5)
