@@ -1,4 +1,6 @@
 // What every CPU kernel of a packed matmul is told, and how it writes y: of gemm.h and quick_bf16.cpp.
+#include <sys/mman.h>
+
 #include <cstdlib>
 
 // A binary weight is LQ_BITS planes of one bit, w = sum alpha * (2 bit - 1) + offset; else w = (code - zero) * scale.
@@ -52,7 +54,7 @@ LQ_INLINE void write_row(const Job& job, int64_t row, int64_t column, Floats y) 
 // Asks for a line that will be read soon.
 LQ_INLINE void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p) + AHEAD, _MM_HINT_T0); }
 
-// Memory that a thread keeps from call to call.
+// Memory that a thread keeps from call to call, in huge pages where it is as large.
 struct Room {
   void* memory = nullptr;
   size_t size = 0;
@@ -60,10 +62,13 @@ struct Room {
   void* of(size_t wanted) {
     if (wanted > size) {
       std::free(memory);
-      size = round_up(wanted, 4096);
-      memory = std::aligned_alloc(4096, size);
+      const size_t page = wanted < HUGE_PAGE ? 4096 : HUGE_PAGE;
+      size = round_up(wanted, page);
+      memory = std::aligned_alloc(page, size);
       if (!memory) size = 0;
+      if (page == HUGE_PAGE && memory) madvise(memory, size, MADV_HUGEPAGE);
     }
     return memory;
   }
+  static constexpr size_t HUGE_PAGE = 2 << 20;
 };

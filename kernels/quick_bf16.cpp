@@ -11,7 +11,7 @@
 
 // Columns of a panel: 32 rows of w in it fit the first cache.
 #ifndef LQ_PANEL
-#define LQ_PANEL 512
+#define LQ_PANEL 256
 #define LQ_BLOCK_TILES 16
 #define LQ_CHUNK 512
 #endif
@@ -28,38 +28,54 @@ LQ_INLINE Ints neighbours(Floats even, Floats odd) {
   return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-// 128 columns of a row tile of w as tiles, each of 32 columns: [column / 2][row][column % 2].
-LQ_INLINE void dequantize(const Job& job, int64_t row_tile, int64_t tile, char* to) {
-  const uint8_t* codes = job.codes + (row_tile * job.tiles() + tile) * TILE;
-  const int64_t left = job.k - tile * 128;
-  int64_t group = job.group(row_tile, tile * (4 / PER));
-  Floats scale = floats(0.0f), zero = floats(job.low);
-  job.ask_factors(group);
-  for (int c = 0; c < 4 && 32 * c < left; c++) {
-    if (c % PER == 0) {
-      scale = numbers(job.scale, job.scale_type, group * 16);
-      if (job.zero) zero = numbers(job.zero, job.zero_type, group * 16);
-      group++;
-    }
-    Ints found[8];
-    for (int line = 0; line < BITS; line++) ask(codes + 64 * (BITS * c + line));
-    codes_of<BITS>(codes, c, found);
+// The `chunk`-th 32 columns of a row tile of w as a tile: [column / 2][row][column % 2].
+LQ_INLINE void dequantize(const Job& job, int64_t row_tile, int64_t chunk, char* to) {
+  const uint8_t* codes = job.codes + (row_tile * job.tiles() + chunk / 4) * TILE;
+  const int c = static_cast<int>(chunk % 4);
+  const int64_t group = job.group(row_tile, chunk / PER), left = job.k - chunk * 32;
+  const Floats scale = numbers(job.scale, job.scale_type, group * 16);
+  const Floats zero = job.zero ? numbers(job.zero, job.zero_type, group * 16) : floats(job.low);
+  if (c == 0) job.ask_factors(group);
+  for (int line = 0; line < BITS; line++) ask(codes + 64 * (BITS * c + line));
+  Ints found[8];
+  codes_of<BITS>(codes, c, found);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-      const Ints byte = ints(0xff);
-      const Floats w0 = affine(to_floats(both(found[i], byte)), zero, scale);
-      const Floats w1 = affine(to_floats(both(_mm512_srli_epi32(found[i], 8), byte)), zero, scale);
-      const Floats w2 = affine(to_floats(both(_mm512_srli_epi32(found[i], 16), byte)), zero, scale);
-      const Floats w3 = affine(to_floats(_mm512_srli_epi32(found[i], 24)), zero, scale);
-      store(to + c * ONE + 128 * i, neighbours(w0, w1));
-      store(to + c * ONE + 128 * i + 64, neighbours(w2, w3));
-    }
+  for (int i = 0; i < 8; i++) {
+    const Ints byte = ints(0xff);
+    const Floats w0 = affine(to_floats(both(found[i], byte)), zero, scale);
+    const Floats w1 = affine(to_floats(both(_mm512_srli_epi32(found[i], 8), byte)), zero, scale);
+    const Floats w2 = affine(to_floats(both(_mm512_srli_epi32(found[i], 16), byte)), zero, scale);
+    const Floats w3 = affine(to_floats(_mm512_srli_epi32(found[i], 24)), zero, scale);
+    store(to + 128 * i, neighbours(w0, w1));
+    store(to + 128 * i + 64, neighbours(w2, w3));
   }
-  if (left >= 128) return;
   // Codes beyond k stand for numbers too.
-  for (int64_t column = left; column < round_up(left, 32); column++)
+  for (int64_t column = left; column < 32; column++)
     for (int64_t row = 0; row < 16; row++) std::memset(to + column / 2 * 64 + row * 4 + column % 2 * 2, 0, 2);
 }
+
+// A panel of a block of w, dequantized little by little: [row tile][chunk].
+struct Panel {
+  const Job& job;
+  int64_t start, count, from, steps;
+  char* to;
+  // Chunks that are due, in parts of `slots`.
+  int64_t credit = 0, t = 0, step = 0;
+
+  int64_t size() const { return count * steps; }
+  void one() {
+    const int64_t last = job.row_tiles() - 1, row_tile = start + t < last ? start + t : last;
+    dequantize(job, row_tile, from + step, to + (t * STEPS + step) * ONE);
+    if (++step == steps) {
+      step = 0;
+      t++;
+    }
+  }
+  // What falls to one of `slots` steps.
+  LQ_INLINE void some(int64_t slots) {
+    for (credit += size(); credit >= slots; credit -= slots) one();
+  }
+};
 
 // 16 rows of x from `row` on as tiles, panel by panel, each of 32 columns; zeros beyond m and k.
 LQ_INLINE void arrange(const Job& job, int64_t row, int64_t panel_bytes, char* to) {
@@ -79,8 +95,11 @@ LQ_INLINE void arrange(const Job& job, int64_t row, int64_t panel_bytes, char* t
   }
 }
 
-// sums[2][2] += two row tiles of x times two of w, from `first` anew. Asks for 4 lines of `next` at each step.
-LQ_INLINE void multiply(const char* x, const char* w, int64_t steps, bool first, char* sums, int64_t stride, const char* next) {
+// sums[2][2] += two row tiles of x times two of w, from `first` anew. Meanwhile the next panel is dequantized.
+LQ_INLINE void multiply(const char* x, const char* w, int64_t steps, bool first, char* sums, int64_t stride, Panel& next,
+                        int64_t slots) {
+  // What was stored is loaded by instructions of which the compiler does not know that they read memory.
+  __asm__ volatile("" ::: "memory");
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -101,8 +120,7 @@ LQ_INLINE void multiply(const char* x, const char* w, int64_t steps, bool first,
     _tile_loadd(5, x + STEPS * ONE, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    if (next)
-      for (int i = 0; i < 4; i++) _mm_prefetch(next + step * 256 + i * 64, _MM_HINT_T1);
+    next.some(slots);
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + ONE, 64);
@@ -110,21 +128,23 @@ LQ_INLINE void multiply(const char* x, const char* w, int64_t steps, bool first,
   _tile_stored(3, sums + stride + ONE, 64);
 }
 
-// The row tiles of w from `start` on, an even number of them or all, times the `rows` of x from `row` on, arranged at x.
-// w: [row tile][step], sums: [row tile of x][row tile of w].
+// `count` row tiles of w from `start` on times the `rows` of x from `row` on, which are arranged at x.
+// w: [2][row tile][step], sums: [row tile of x][row tile of w].
 inline void block(const Job& job, int64_t row, int64_t rows, const char* x, int64_t start, int64_t count, char* w, char* sums) {
-  const int64_t steps = (job.k + 31) / 32, tall = round_up(rows, 32) / 16, panel_bytes = tall * STEPS * ONE;
-  const int64_t last = job.row_tiles() - 1, stride = BLOCK * ONE;
-  for (int64_t step = 0; step < steps; step += STEPS, x += panel_bytes) {
-    const int64_t here = steps - step < STEPS ? steps - step : STEPS;
-    const char* next = step + STEPS < steps ? x + panel_bytes : nullptr;
-    for (int64_t t = 0; t < round_up(count, 2); t++)
-      for (int64_t tile = 0; tile * 4 < here; tile++)
-        dequantize(job, start + t < last ? start + t : last, step / 4 + tile, w + (t * STEPS + tile * 4) * ONE);
-    for (int64_t t = 0; t < count; t += 2)
+  const int64_t steps = (job.k + 31) / 32, tall = round_up(rows, 32) / 16, wide = round_up(count, 2), stride = BLOCK * ONE;
+  const auto panel = [&](int64_t from) {
+    const int64_t left = from < steps ? steps - from : 0;
+    return Panel{job, start, wide, from, left < STEPS ? left : STEPS, w + from / STEPS % 2 * BLOCK * STEPS * ONE};
+  };
+  for (Panel first = panel(0); first.t < wide;) first.one();
+  for (int64_t from = 0; from < steps; from += STEPS, x += tall * STEPS * ONE) {
+    const Panel now = panel(from);
+    Panel next = panel(from + STEPS);
+    const int64_t slots = wide / 2 * (tall / 2) * now.steps;
+    for (int64_t t = 0; t < wide; t += 2)
       for (int64_t r = 0; r < tall; r += 2)
-        multiply(x + r * STEPS * ONE, w + t * STEPS * ONE, here, step == 0, sums + r * stride + t * ONE, stride,
-                 next && t < 16 ? next + r * STEPS * ONE + t * STEPS * 128 : nullptr);
+        multiply(x + r * STEPS * ONE, now.to + t * STEPS * ONE, now.steps, from == 0, sums + r * stride + t * ONE, stride, next,
+                 slots);
   }
   for (int64_t r = 0; r < rows; r++)
     for (int64_t t = 0; t < count; t++)
@@ -136,7 +156,7 @@ extern "C" int lq_gemm(const void* x, const uint8_t* codes, const void* scale, c
                        int zero_type, float low, int threads) {
   const Job job{x, codes, scale, zero, bias, y, m, n, k, span, groups, x_type, scale_type, zero_type, low};
   static thread_local Room room;
-  const int64_t most = m < CHUNK ? round_up(m, 32) : CHUNK, own = (BLOCK * STEPS + most / 16 * BLOCK) * ONE;
+  const int64_t most = m < CHUNK ? round_up(m, 32) : CHUNK, own = (2 * BLOCK * STEPS + most / 16 * BLOCK) * ONE;
   const int64_t panels = (k + PANEL - 1) / PANEL, of_x = panels * most / 16 * STEPS * ONE;
   char* memory = static_cast<char*>(room.of(of_x + threads * own));
   if (!memory) return 1;
@@ -158,7 +178,7 @@ extern "C" int lq_gemm(const void* x, const uint8_t* codes, const void* scale, c
 #pragma omp for schedule(static)
       for (int64_t start = 0; start < job.row_tiles(); start += size) {
         const int64_t left = job.row_tiles() - start;
-        block(job, row, rows, memory, start, left < size ? left : size, w, w + BLOCK * STEPS * ONE);
+        block(job, row, rows, memory, start, left < size ? left : size, w, w + 2 * BLOCK * STEPS * ONE);
       }
     }
   }
