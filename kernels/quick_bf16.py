@@ -35,16 +35,16 @@ def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
 
 def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     """A read of the packed weight, its unpacking for each chunk of x, and the arithmetic."""
-    size, call = problem.n * problem.k, Call(layout, problem.format, problem.n, problem.k)
-    read = LAYOUTS[layout].packed_bytes(call.format, call.n, call.k, "cpu") / device.bandwidth
-    unpack = UNPACK * size / device.rate
-    # x is arranged in whole pairs of tiles, of 32 rows.
-    work = 2.0 * size * 32 * sympy.ceiling(problem.m / 32) / (RATE * device.rate)
-    return device.launch + read + unpack * sympy.ceiling(problem.m / 512) + work
+    size = problem.n * problem.k
+    read = LAYOUTS[layout].packed_bytes(problem.format, problem.n, problem.k, "cpu") / device.bandwidth
+    unpack = UNPACK * size / device.rate * sympy.Max(1, problem.m / CHUNK)
+    return device.launch + read + unpack + 2.0 * problem.m * size / (RATE * device.rate)
 
 
-# In units of the device's dense float32 rate; from int4 g128 on one core of a Sapphire Rapids.
-UNPACK, RATE = 30.0, 8.0
+# Rows of x that share an unpacked weight, as in quick_bf16.cpp.
+CHUNK = 512
+# In units of the device's dense float32 rate; from int4 g128 at m = 64, 128 and 512 on one core of a Sapphire Rapids.
+UNPACK, RATE = 15.0, 7.2
 
 register(
     Kernel(
