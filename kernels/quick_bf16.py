@@ -44,7 +44,7 @@ def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
 # Rows of x that share an unpacked weight, as in quick_bf16.cpp.
 CHUNK = 512
 # In units of the device's dense float32 rate; from int4 g128 at m = 64, 128 and 512 on one core of a Sapphire Rapids.
-UNPACK, RATE = 15.0, 7.2
+UNPACK, RATE = 10.0, 6.6
 
 register(
     Kernel(
