@@ -168,6 +168,9 @@ def seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     read = 1.15 * LAYOUTS[layout].packed_bytes(f, problem.n, problem.k, "cpu") / device.bandwidth
     # Each plane of a binary weight is a product of its own, but for one row that is looked up.
     rate = RATES[isa, digits_of(call, problem.x_dtype)] * device.rate / (f.bits if f.form == "binary" else 1)
+    if isa == "amx":
+        # Each block's dots are scaled, which takes longer than the tiles: 1.6 times as long in all at 64, 2.6 at 32.
+        rate *= ((block_of(f, problem.k) or 128) / 128) ** 0.7
     work = 2.0 * m * problem.n * problem.k / rate
     if isa == "avx2" and f.form == "binary":
         return device.launch + sympy.Max(read, work)

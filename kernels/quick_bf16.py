@@ -38,12 +38,15 @@ def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     size = problem.n * problem.k
     read = LAYOUTS[layout].packed_bytes(problem.format, problem.n, problem.k, "cpu") / device.bandwidth
     unpack = UNPACK * size / device.rate * sympy.Max(1, problem.m / CHUNK)
-    return device.launch + read + unpack + 2.0 * problem.m * size / (RATE * device.rate)
+    work = 2.0 * sympy.Max(problem.m, LEAST) * size / (RATE * device.rate)
+    return device.launch + read + unpack + work
 
 
 # Rows of x that share an unpacked weight, as in quick_bf16.cpp.
 CHUNK = 512
-# In units of the device's dense float32 rate; from int4 g128 at m = 64, 128 and 512 on one core of a Sapphire Rapids.
+# From int4 g128 at m = 32 to 512 on one core of a Sapphire Rapids: rows that take no longer than one, for unpacking is
+# not hidden by so little arithmetic; and rates in units of the device's dense float32 rate.
+LEAST = 48
 UNPACK, RATE = 10.0, 6.6
 
 register(

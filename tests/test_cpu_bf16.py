@@ -107,10 +107,11 @@ def test_only_a_cpu_with_its_instructions_runs_it(monkeypatch):
 
 @can_run
 @pytest.mark.parametrize("size", [(4096, 4096), (11008, 4096), (4096, 11008)])
-def test_few_rows_are_the_exact_kernels_and_many_are_its_own(size):
+@pytest.mark.parametrize(("group", "least", "most"), [(128, 48, 127), (32, 16, 47)])
+def test_few_rows_are_the_exact_kernels_and_many_are_its_own(size, group, least, most):
     m, device = sympy.Symbol("m", positive=True, integer=True), Device.of("cpu")
-    problem = Problem(m, (1, 4096), *size, Format("affine", 4, 128, "int", "bfloat16"), BFLOAT, torch.device("cpu"))
+    problem = Problem(m, (1, 4096), *size, Format("affine", 4, group, "int", "bfloat16"), BFLOAT, torch.device("cpu"))
     kernels = [registry.discover()[name] for name in ("quick_cpu", "quick_bf16", "dense")]
     found = [Candidate(kernel.name, "quick", kernel.seconds(problem, "quick", device)) for kernel in kernels]
     few, many = cost.pieces(found, 1, 4096)
-    assert (few.kernel, many.kernel) == ("quick_cpu", "quick_bf16") and 32 <= few.high <= 128
+    assert (few.kernel, many.kernel) == ("quick_cpu", "quick_bf16") and least <= few.high <= most
