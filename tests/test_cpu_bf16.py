@@ -73,6 +73,18 @@ def test_nan_and_inf_stay_in_their_row(case):
 
 
 @can_run
+def test_infinite_weights_are_not_made_of_columns_beyond_k():
+    case = LONG[1]
+    w = weight(case)
+    # Finite numbers alone are packed, whose products overflow.
+    w.scale[3] = 3e38
+    w.codes.fill_(7)
+    w.zero.fill_(3)
+    y = run(ISA, case, w, torch.ones(2, case.k, dtype=BFLOAT))
+    assert bool((y[:, 3] == float("inf")).all()) and bool(y[:, 4:].isfinite().all())
+
+
+@can_run
 def test_another_librarys_tiles_are_put_back():
     x, w = torch.randn(64, 256).bfloat16(), torch.randn(512, 256).bfloat16()
     wanted = torch.nn.functional.linear(x, w)
