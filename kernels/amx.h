@@ -1,39 +1,18 @@
 // Batches by tiles of the CPU: 16 rows of x times 16 rows of w, four columns for each int32 that is added to.
 #if LQ_AMX
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
+#include "tiles.h"
 
-// This thread's tiles, as another library may have set them up, are put back at the end.
-class Tiles {
- public:
-  // `tall` rows of x; `columns` of x and w in a step.
-  Tiles(int tall, int columns) {
-    _tile_storeconfig(&before_);
-    TileConfig config;
-    for (int i = 0; i < 8; i++) {
-      const bool of_x = D == 2 ? i == 4 || i == 5 : i == 6, of_w = D == 2 ? i > 5 : i == 7;
-      config.row_bytes[i] = of_x ? columns : 64;
-      config.rows[i] = of_w ? columns / 4 : tall;
-    }
-    _tile_loadconfig(&config);
+// `tall` rows of x; `columns` of x and w in a step.
+inline TileConfig config_of(int tall, int columns) {
+  TileConfig config;
+  for (int i = 0; i < 8; i++) {
+    const bool of_x = D == 2 ? i == 4 || i == 5 : i == 6, of_w = D == 2 ? i > 5 : i == 7;
+    config.row_bytes[i] = of_x ? columns : 64;
+    config.rows[i] = of_w ? columns / 4 : tall;
   }
-  ~Tiles() {
-    if (before_.palette) {
-      _tile_loadconfig(&before_);
-    } else {
-      _tile_release();
-    }
-  }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-
- private:
-  TileConfig before_;
-};
+  return config;
+}
 
 // Leaves in tiles the dots of 16 rows of x with both row tiles of w over `steps` halves of a tile of columns; `x` at its
 // first digit.
@@ -175,7 +154,7 @@ inline void abreast(const Job& job, const Digits& x, int64_t start, int64_t firs
 
 // All of w for one chunk of x, shared among the threads of a parallel region.
 inline void batch(const Job& job, const Digits& x, int64_t start) {
-  const Tiles tiles(static_cast<int>(x.tall), PER == 1 ? 32 : 64);
+  const Tiles tiles(config_of(static_cast<int>(x.tall), PER == 1 ? 32 : 64));
 #pragma omp for schedule(static)
   for (int64_t first = 0; first < job.part(ABREAST); first++) abreast(job, x, start, first);
 }

@@ -26,3 +26,6 @@ template <int BITS, int LOW> LQ_INLINE void planes(const uint8_t* tile, int c, I
 
 // codes[i], for each row: those of columns 32 c + 4 i .. 32 c + 4 i + 3, a byte each.
 template <int BITS> LQ_INLINE void codes_of(const uint8_t* tile, int c, Ints* codes) { planes<BITS, 0>(tile, c, codes); }
+
+// What affine codes stand for, not yet rounded.
+LQ_INLINE Floats affine(Floats codes, Floats zero, Floats scale) { return mul(sub(codes, zero), scale); }

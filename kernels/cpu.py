@@ -95,10 +95,10 @@ class Launcher:
 
 
 @functools.lru_cache(maxsize=4096)
-def launcher(source: str, call: Call, x_dtype: torch.dtype) -> Launcher | None:
-    """The launches of a call by the best instructions of this CPU; None, with a warning, where nothing compiles."""
+def launcher(source: str, call: Call, x_dtype: torch.dtype, isa: native.Isa | None) -> Launcher | None:
+    """The launches of a call by `isa`, by default this CPU's best; None, with a warning, where nothing compiles."""
     try:
-        return Launcher(source, call, x_dtype, native.isas()[0])
+        return Launcher(source, call, x_dtype, isa or native.isas()[0])
     except Refused as refused:
         _warn(refused.reason, str(refused))
         return None
@@ -110,9 +110,12 @@ def _warn(reason: Reason, detail: str) -> None:
     warnings.warn(f"lqcompile: {reason.sentence}: {detail}\n{reason.advice}", stacklevel=5)
 
 
-def run(source: str, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
+def run(
+    source: str, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor,
+    isa: native.Isa | None = None,
+) -> None:  # fmt: skip
     """y[m, n] = x[m, k] @ w[n, k].T + bias[n] into `out`, on torch's threads; dense where nothing compiles."""
-    found = launcher(source, call, x.dtype)
+    found = launcher(source, call, x.dtype, isa)
     if found is None:
         return dense.run(x, parts, bias, call, out)
     found(x, parts, bias, out, torch.get_num_threads())
@@ -165,6 +168,9 @@ def seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     read = 1.15 * LAYOUTS[layout].packed_bytes(f, problem.n, problem.k, "cpu") / device.bandwidth
     # Each plane of a binary weight is a product of its own, but for one row that is looked up.
     rate = RATES[isa, digits_of(call, problem.x_dtype)] * device.rate / (f.bits if f.form == "binary" else 1)
+    if isa == "amx":
+        # Each block's dots are scaled, which takes longer than the tiles: 1.6 times as long in all at 64, 2.6 at 32.
+        rate *= ((block_of(f, problem.k) or 128) / 128) ** 0.7
     work = 2.0 * m * problem.n * problem.k / rate
     if isa == "avx2" and f.form == "binary":
         return device.launch + sympy.Max(read, work)

@@ -39,9 +39,9 @@ extern "C" int lq_dense(const uint8_t* codes, const void* scale, const void* zer
             alignas(64) uint8_t some[16] = {};
             std::memcpy(some, code + i, end - i < LANES ? end - i : LANES);
             const Ints wide = widened(some);
-            const Floats value = values ? gathered(values, wide) : sub(to_floats(wide), centre);
+            const Floats w = values ? mul(gathered(values, wide), by) : affine(to_floats(wide), centre, by);
             const int64_t in_row = k - column - i, count = end - i < LANES ? end - i : LANES;
-            write(out, out_type, (row_tile * 16 + row) * k + column + i, mul(value, by), count < in_row ? count : in_row);
+            write(out, out_type, (row_tile * 16 + row) * k + column + i, w, count < in_row ? count : in_row);
           }
           from = end;
         }

@@ -20,8 +20,6 @@ struct Digits {
   const float* fact(int64_t block, int64_t row) const { return facts + (block * rows + row) * (1 + count); }
 };
 
-constexpr int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
-
 LQ_INLINE int64_t bytes_of_digits(int64_t rows, int64_t k, int count) {
   return round_up(k, 128) * round_up(rows, rows < 16 ? 1 : 16) * count;
 }

@@ -8,6 +8,8 @@
 
 enum Type { FLOAT16, BFLOAT16, FLOAT32, INT16 };
 
+constexpr int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+
 constexpr int LANES = LQ_LANES, PARTS = 16 / LANES;
 // Bytes ahead of the one that is read: memory must be asked that early to arrive in time.
 constexpr int AHEAD = 2560;

@@ -39,7 +39,7 @@ class Isa:
 _AVX2 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 _VNNI = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi")
 _WIDE = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi")
-# Best first.
+# Best first, each with the same results.
 ISAS = (
     Isa(
         "amx",
@@ -49,6 +49,13 @@ ISAS = (
     ),
     Isa("avx512", _VNNI, _WIDE, (("LQ_LANES", 16), ("LQ_AMX", 0))),
     Isa("avx2", _AVX2, ("-march=x86-64-v3",), (("LQ_LANES", 8), ("LQ_AMX", 0))),
+)
+# Not one of those: bfloat16 products round, whole numbers do not.
+AMX_BF16 = Isa(
+    "amx_bf16",
+    (*_VNNI, "avx512_bf16", "amx_tile", "amx_bf16"),
+    (*_WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    (("LQ_LANES", 16), ("LQ_AMX", 1)),
 )
 # Sums and products are never put together but where fma says so: every Isa gives the same bits.
 FLAGS = ("-O3", "-DNDEBUG", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-w")
@@ -71,8 +78,12 @@ def cpu_flags() -> frozenset[str]:
 
 def isas() -> tuple[Isa, ...]:
     """Every Isa that this CPU has, best first; none on other architectures."""
-    flags = cpu_flags()
-    return tuple(isa for isa in ISAS if flags.issuperset(isa.needs) and ("amx_tile" not in isa.needs or _may_use_amx()))
+    return tuple(isa for isa in ISAS if has(isa))
+
+
+def has(isa: Isa) -> bool:
+    """Whether this CPU, and what runs on it, let this process use the instructions."""
+    return cpu_flags().issuperset(isa.needs) and ("amx_tile" not in isa.needs or _may_use_amx())
 
 
 @functools.cache
@@ -107,7 +118,7 @@ def load(name: str, isa: Isa, defines: Defines = ()) -> Any:
     where it cannot be compiled or loaded. Kept in the artifact store, whose key holds the source, the flags and the
     Isa: a library of other instructions is never taken for it.
     """
-    if isa not in isas():
+    if not has(isa):
         raise ArgumentError("isa", isa.name, " | ".join(found.name for found in isas()) or "none on this CPU")
     text, flags = _key(name, isa, defines)
     key = repr((text, flags))

@@ -78,6 +78,10 @@ MS = (1, 2, 4, 5, 16, 33, 130)
 N = 70
 
 
+def source_of(isa: native.Isa, case: Case) -> str:
+    return "quick_bf16.cpp" if isa is native.AMX_BF16 else SOURCES[case.layout]
+
+
 def weight(case: Case, n: int = N, seed: int = 0) -> QWeight:
     return make(case.format, n, case.k, seed)
 
@@ -93,7 +97,7 @@ def run(
 ) -> torch.Tensor:
     call = case.call(w.n)
     out = x.new_full((x.shape[0], w.n), float("nan"))
-    launcher = cpu.Launcher(SOURCES[case.layout], call, x.dtype, isa)
+    launcher = cpu.Launcher(source_of(isa, case), call, x.dtype, isa)
     launcher(x, parts or LAYOUTS[case.layout].pack(w), bias, out, threads)
     return out
 
@@ -349,12 +353,16 @@ SANITIZE = ("-O1", "-g", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-w", "-
 @each_isa
 @pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[5], CASES[8], CASES[10]], ids=str)
 def test_sanitizers_find_nothing(isa, case, tmp_path):
+    sanitize(isa, case, tmp_path)
+
+
+def sanitize(isa: native.Isa, case: Case, tmp_path: Path) -> None:
     """A program of buffers of exactly their sizes, by AddressSanitizer and UndefinedBehaviorSanitizer."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    launcher = cpu.Launcher(SOURCES[case.layout], case.call(N), case.x_dtype, isa)
-    text, flags = native._key(SOURCES[case.layout], isa, launcher.defines)
+    launcher = cpu.Launcher(source_of(isa, case), case.call(N), case.x_dtype, isa)
+    text, flags = native._key(source_of(isa, case), isa, launcher.defines)
     source, program = tmp_path / "main.cpp", tmp_path / "main"
     source.write_text(text + (Path(__file__).parent / "sanitize.cpp").read_text())
     machine = [flag for flag in flags if flag.startswith("-m")]
@@ -366,7 +374,7 @@ def test_sanitizers_find_nothing(isa, case, tmp_path):
         call = case.call(n)
         shapes = LAYOUTS[case.layout].shapes(case.format, n, case.k, "cpu")
         sizes = [dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes]
-        numbers = cpu.Launcher(SOURCES[case.layout], call, case.x_dtype, isa)
+        numbers = cpu.Launcher(source_of(isa, case), call, case.x_dtype, isa)
         given = [m, *numbers.sizes, *numbers.low, case.x_dtype.itemsize, *sizes, *([0] * (3 - len(sizes)))]
         done = subprocess.run([program, *map(str, given)], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and "done" in done.stdout, done.stderr[-3000:]
