@@ -379,7 +379,7 @@ def test_the_tables_of_the_readme_are_those_of_the_committed_results():
     found = {result["file"]: result for result in bench.committed()}
     marked = r"<!-- lq bench: (\S+) (\S+) m=(\S+) -->\n+(\|.*?)\n\n"
     shown = re.findall(marked, (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(shown) == 2, "`<!-- lq bench: FILE FORMAT,FORMAT... m=M,M... -->` with a table below it"
+    assert len(shown) == 3, "`<!-- lq bench: FILE FORMAT,FORMAT... m=M,M... -->` with a table below it"
     for name, formats, ms, text in shown:
         assert text == bench.table(found[name], [int(m) for m in ms.split(",")], formats.split(",")), name
 
