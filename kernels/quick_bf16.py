@@ -54,7 +54,7 @@ register(
         name="quick_bf16",
         layouts=("quick",),
         devices=("cpu",),
-        summary="affine weights, rounded to bf16, for many rows of bf16; groups of 32, 64, 128 i or k; needs AMX",
+        summary="affine weights, rounded to bf16, many rows of bf16; groups of 32, 64, 128 i or k; AMX",
         run=_run,
         accepts=_accepts,
         rounding=_rounding,
