@@ -86,14 +86,9 @@ def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, ou
 
 
 def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
-    refused = stream.refusal(call, x_dtype)
-    if refused is not None:
-        return refused
     if call.format.form == "table" and call.format.bits > 4:
         return "tables of at most 4 bits"
-    if not build.has_nvrtc():
-        return "a machine with NVRTC"
-    return None
+    return stream.refusal(call, x_dtype)
 
 
 def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:

@@ -54,14 +54,7 @@ def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, ou
 
 
 def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
-    if call.format.form != "affine":
-        return "affine weights"
-    refused = stream.refusal(call, x_dtype)
-    if refused is not None:
-        return refused
-    if not build.has_nvrtc():
-        return "a machine with NVRTC"
-    return None
+    return "affine weights" if call.format.form != "affine" else stream.refusal(call, x_dtype)
 
 
 def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
@@ -86,15 +79,16 @@ def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     pieces = [
         (device.launch + p.seconds, m <= r) for p, r in zip(plans, quick_batch.TILES, strict=True) if p is not None
     ]
-    # Beyond, by rounds of the largest tiles.
-    last = plans[-1]
-    if last is None or len(pieces) < len(plans):
+    # Beyond, by rounds of large tiles, whichever fit y best; of clusters there is one round.
+    times = []
+    for batch in (b for r in (128, 256) for b in quick_batch.batches(call, problem.x_dtype, r, HOPPER_SHARED)):
+        tiles = batch.tiles(call.n, m)
+        seconds = batch.seconds(tiles, call.k, device.processors)
+        once = sympy.Piecewise((seconds, tiles * batch.split <= device.processors), (sympy.oo, True))
+        times.append(seconds if batch.split == 1 else once)
+    if not times or len(pieces) < len(plans):
         return few
-    batch = last.parts[0].batch
-    fixed, each = quick_batch.TILES[batch.rows][batch.warps, batch.ways]
-    rounds = sympy.ceiling(batch.tiles(call.n, 1) * sympy.ceiling(m / batch.rows) / device.processors)
-    heat = quick_batch.HEAT * (rounds - 1)
-    beyond = device.launch + fixed + (rounds + heat) * batch.span(call.k) * each
+    beyond = device.launch + sympy.Min(*times)
     return sympy.Piecewise((few, m <= FEW), *pieces, (beyond, True))
 
 

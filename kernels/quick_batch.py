@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +65,8 @@ class Batch(stream.Specialisation):
         # Counted from a multiple of 1024 bytes, where a swizzle begins.
         return 1024 + ring + self.warps // 4 * min(-(-self.rows // (8 * self.ways * self.split)) * 8, 32) * 128
 
-    def tiles(self, n: int, m: int) -> int:
-        """How many tiles y [m, n] has."""
+    def tiles(self, n: int, m: Any) -> Any:
+        """How many tiles y [m, n] has; m a number or an expression."""
         return -(-n // (32 * self.row_tiles)) * -(-m // self.rows)
 
     def span(self, k: int) -> int:
@@ -73,8 +74,8 @@ class Batch(stream.Specialisation):
         blocks = -(-k // 128)
         return -(-blocks // self.split)
 
-    def seconds(self, tiles: int, k: int, sms: int) -> float:
-        """How long `tiles` take on so many multiprocessors: whole rounds of thread blocks, each all of its blocks."""
+    def seconds(self, tiles: Any, k: int, sms: int) -> Any:
+        """How long `tiles`, a number or an expression, take on so many multiprocessors: whole rounds of all blocks."""
         fixed, each = TILES[self.rows][self.warps, self.ways]
         share, longer = SPLITS[self.split]
         rounds = -(-tiles * self.split // int(sms * share))

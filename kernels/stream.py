@@ -250,12 +250,12 @@ def sizes_of(rows: Sequence[int]) -> list[int]:
 
 
 def refusal(call: Call, x_dtype: torch.dtype) -> str | None:
-    """What of x and of the groups no kernel here takes."""
+    """What of x, of the groups or of the machine no kernel here takes."""
     if x_dtype not in (torch.float16, torch.bfloat16):
         return "x of float16 | bfloat16"
     if groups_of(call.format, call.k) is None:
         return "groups of 32, 64, a multiple of 128, or all of k"
-    return None
+    return None if build.has_nvrtc() else "a machine with NVRTC"
 
 
 def seconds(costs: Sequence[tuple[int, float, float]], problem: Problem, layout: str, device: Device) -> sympy.Expr:
@@ -282,7 +282,7 @@ def dense_weight(
 ) -> Tensor | None:
     """The dense weight [n, k] by `entry`.cu, a tile for each of `warps`; None for what it does not take."""
     f = call.format
-    if refusal(call, dtype) is not None or not build.has_nvrtc():
+    if refusal(call, dtype) is not None:
         return None
     out = parts[0].new_empty((call.n, call.k), dtype=dtype)
     if out.numel() == 0:

@@ -6,12 +6,11 @@ import dataclasses
 import time
 from functools import partial
 
-import numpy
 import torch
 
 from . import profile, timing
 from .cli import Exit
-from .device import Device
+from .device import Device, fitted
 
 # Bytes that are read, and rows and columns of the square matrices that are multiplied, by kind of device.
 READS = {
@@ -25,17 +24,13 @@ REPEATS = 7
 def measure(device: torch.device) -> Device:
     """Bandwidth and launch from reads of several sizes, rate from a matmul in the dtype that kernels compete in."""
     timer, derived = timing.timer(device), Device.of(device)
-    medians = [_median(timer, timer.light(size)[0]) for size in READS[device.type]]
-    seconds, sizes = numpy.array(medians), numpy.array(READS[device.type], dtype=float)
-    # Least squares of the relative error: seconds = launch + bytes / bandwidth.
-    terms = numpy.stack([1 / seconds, sizes / seconds], 1)
-    (launch, each), *_ = numpy.linalg.lstsq(terms, numpy.ones(len(seconds)), rcond=None)
+    bandwidth, launch = fitted({size: _median(timer, timer.light(size)[0]) for size in READS[device.type]})
     n, dtype = SQUARE[device.type], torch.float16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn((n, n), device=device).to(dtype) for _ in range(2))
     product = _median(timer, [partial(torch.mm, a, b, out=torch.empty_like(a))])
     # Small reads that a cache serves may seem to need no time to begin with.
-    launch = max(float(launch), derived.launch / 10)
-    return dataclasses.replace(derived, bandwidth=float(1 / each), rate=2.0 * n**3 / product, launch=launch)
+    launch = max(launch, derived.launch / 10)
+    return dataclasses.replace(derived, bandwidth=bandwidth, rate=2.0 * n**3 / product, launch=launch)
 
 
 def _median(timer: timing.Timer, runs: list[timing.Run]) -> float:

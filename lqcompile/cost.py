@@ -22,7 +22,7 @@ def sample(expression: sympy.Expr, ms: Sequence[int]) -> list[float]:
     symbols = sorted(expression.free_symbols, key=str)
     if not symbols:
         return [float(expression)] * len(ms)
-    function = sympy.lambdify(symbols, expression, modules=[{"Max": max}, "math"])
+    function = sympy.lambdify(symbols, expression, modules=[{"Max": max, "Min": min}, "math"])
     return [float(function(m)) for m in ms]
 
 

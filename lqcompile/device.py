@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -94,9 +95,13 @@ def _measured(name: str) -> tuple[float, float] | None:
     for found in measured().values():
         if found.get("device", {}).get("name") == name:
             reads = {row["bytes"]: row["median"] for row in found["rows"] if row["kind"] == "light" and row["median"]}
-            seconds = numpy.array(list(reads.values()))
-            # Least squares of the relative error: seconds = launch + bytes / bandwidth.
-            terms = numpy.stack([1 / seconds, numpy.array(list(reads)) / seconds], 1)
-            (launch, each), *_ = numpy.linalg.lstsq(terms, numpy.ones(len(reads)), rcond=None)
-            return float(1 / each), float(launch)
+            return fitted(reads)
     return None
+
+
+def fitted(reads: Mapping[int, float]) -> tuple[float, float]:
+    """Bandwidth (bytes/s) and launch (s) from seconds by bytes read: least squares of the relative error."""
+    sizes, seconds = numpy.array(list(reads), dtype=float), numpy.array(list(reads.values()))
+    terms = numpy.stack([1 / seconds, sizes / seconds], 1)
+    (launch, each), *_ = numpy.linalg.lstsq(terms, numpy.ones(len(seconds)), rcond=None)
+    return float(1 / each), float(launch)

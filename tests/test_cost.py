@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from lqcompile import config, cost
 from lqcompile.device import Device
 from lqcompile.errors import ArgumentError
+from lqcompile.kernels import quick, quick_batch
 from lqcompile.kernels.build import has_nvrtc
+from lqcompile.kernels.registry import Call
 from lqcompile.passes.plan import Planner
 from lqcompile.types import Candidate, Format, Problem
 
@@ -60,6 +62,19 @@ def test_the_shapes_of_a_model_are_planned_for_every_number_of_rows():
         problem = Problem(M, (1, 1 << 31), n, k, f, torch.float16, torch.device("cuda", 0))
         pieces = planner._choose(problem, [f], (1, None), device, "").pieces
         assert pieces[0].low == 1 and pieces[-1].high is None
+
+
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (14336, 4096), (28672, 8192)])
+def test_many_rows_are_predicted_as_they_are_planned(n, k):
+    """One expression for all numbers of rows; plans of two launches may be better than it, by what those save."""
+    device, f = Device.null("sm_90"), Format("affine", 4, 128, "int", "float16")
+    problem = Problem(M, (1, 1 << 31), n, k, f, torch.float16, torch.device("cuda", 0))
+    ms = [16, 64, 256, 512, 768, 1024, 4096, 16384]
+    for m, seconds in zip(ms, cost.sample(quick._seconds(problem, "quick", device), ms), strict=True):
+        call = Call("quick", f, n, k)
+        plan = quick_batch.plan(call, torch.float16, m, device.processors, quick.HOPPER_SHARED)
+        assert plan is not None
+        assert 0.99 < (seconds - device.launch) / plan.seconds < (1.2 if len(plan.parts) > 1 else 1.35)
 
 
 @pytest.mark.parametrize(
