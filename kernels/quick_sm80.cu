@@ -84,7 +84,7 @@ template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)
 #include "stream.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-quick_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table, const u16* __restrict__ bias,
+quick_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table, const u16* __restrict__ bias, const u16* __restrict__ other,
            u16* __restrict__ y, int m, int n, int k, int tiles, int range, int groups, u32 span, int wide) {
-    stream_gemm(x, planes, coef, zero, table, bias, y, m, n, k, tiles, range, groups, span, wide);
+    stream_gemm(x, planes, coef, zero, table, bias, other, y, m, n, k, tiles, range, groups, span, wide);
 }

@@ -25,6 +25,7 @@ constexpr int SUMS = COLUMNS / 2;                            // of a thread
 // Partial sums of an element, and how many of the sums a thread finds it adds up; rows of y that wait together to be stored.
 constexpr int PARTS = WAYS * SPLIT, OWN = (SUMS + 4 * PARTS - 1) / (4 * PARTS) * 4, OUT_ROWS = OWN < 16 ? 2 * OWN : 32;
 static_assert(2 * OWN % OUT_ROWS == 0, "a share of whole pieces");
+constexpr int WIDTH = EPILOGUE == SILU_MUL ? 1 : 2;  // columns of y for two rows of w
 // The codes of a stage's row tiles, then their scales, then their zeros.
 constexpr int W_STAGE = ROW_TILES * STAGE, SCALES_AT = ROW_TILES * COEF_AT, ZEROS_AT = ROW_TILES * ZERO_AT;
 constexpr int TILES_AT = STAGES * X_BLOCK, OUT_AT = TILES_AT + STAGES * W_STAGE, BARRIERS_AT = OUT_AT + WARPS / 4 * OUT_ROWS * 128;
@@ -127,8 +128,8 @@ __device__ __forceinline__ int row_of_x(int tile, int m) { return max(min(tile *
 // boxes of x may have fewer than COLUMNS rows, `x_bytes` in two.
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap planes, const __grid_constant__ TensorMap coef,
-            const __grid_constant__ TensorMap zero, const u16* __restrict__ bias, u16* __restrict__ y, int m, int n, int k, int range, u32 span,
-            int units, int pitch, int x_bytes) {
+            const __grid_constant__ TensorMap zero, const u16* __restrict__ bias, const u16* __restrict__ other, u16* __restrict__ y, int m, int n,
+            int k, int range, u32 span, int units, int pitch, int x_bytes) {
     // By a shuffle the compiler sees that a warp is of one mind.
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
     const int rank = SPLIT > 1 ? blockIdx.x : 0, blocks = (k + 127) / 128, tiles = (n + 31) / 32;
@@ -287,16 +288,25 @@ quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
 #pragma unroll
             for (int i = 0; i < OUT_ROWS; i += 8) {
                 const int e = (at + i) / 2;
-                u32 v[2];
-#pragma unroll
-                for (int w = 0; w < 2; w++) v[w] = pair<XTYPE>(fmaf(sum[e + 2 * w], FINAL, biases[w]), fmaf(sum[e + 2 * w + 1], FINAL, biases[w]));
-                store_matrices(shared_address(out) + (i + lane % 8) * 128 + ((warp % 4 * 2 + lane / 8 % 2) ^ lane % 8) * 16, v);
+                float f[2][2];
+                for (int w = 0; w < 2; w++)
+                    for (int j = 0; j < 2; j++) f[w][j] = fmaf(sum[e + 2 * w + j], FINAL, biases[w]);
+                u32 v[WIDTH];
+                // The gate stands eight rows before what it opens.
+                if constexpr (EPILOGUE == SILU_MUL) v[0] = pair<XTYPE>(silu(f[0][0]) * f[1][0], silu(f[0][1]) * f[1][1]);
+                else
+                    for (int w = 0; w < 2; w++) v[w] = pair<XTYPE>(f[w][0], f[w][1]);
+                store_matrices(shared_address(out) + (i + lane % 8) * 128 + ((warp % 4 * WIDTH + lane / 8 % WIDTH) ^ lane % 8) * 16, v);
             }
             named_barrier(2 + warp / 4, 128);
 #pragma unroll
-            for (int c = threadIdx.x % 128; c < OUT_ROWS * 8; c += 128) {
-                const int r = c / 8, to = from_column + at + r;
-                if (to < m) store_eight(y + (u64)to * pitch, (const u16*)(out + r * 128 + (c % 8 ^ r % 8) * 16), from + c % 8 * 8, n);
+            for (int c = threadIdx.x % 128; c < OUT_ROWS * 4 * WIDTH; c += 128) {
+                const int r = c / (4 * WIDTH), eight = c % (4 * WIDTH), to = from_column + at + r, place = from * WIDTH / 2 + eight * 8;
+                if (to >= m) continue;
+                u32 v[4];
+                load16(v, shared_address(out) + r * 128 + (eight ^ r % 8) * 16);
+                if constexpr (EPILOGUE == ADD) add_eight<XTYPE>(v, other + (u64)to * pitch, place, n);
+                store_eight(y + (u64)to * pitch, v, place, n * WIDTH / 2);
             }
             named_barrier(2 + warp / 4, 128);
         }

@@ -106,7 +106,9 @@ def _against_float64(plan: Plan) -> float:
     for packed, w in zip(plan.packed, plan.match.recovered.weights, strict=True):
         x = torch.randn(5, w.k, generator=torch.Generator().manual_seed(0)).to(dtype)
         fed = x if packed.perm is None else x[:, packed.perm]
-        y = ops.GEMMS[plan.layout](fed, packed.parts, None, packed.n, packed.k, packed.format.spec, plan.route)
+        y = ops.GEMMS[plan.layout](
+            fed, packed.parts, None, None, packed.n, packed.k, packed.format.spec, "", plan.route
+        )
         call = registry.Call(plan.layout, packed.format, packed.n, packed.k)
         rounding = registry.discover()[plan.pieces[0].kernel].rounding(call, dtype)
         w64 = dequantize(w)
