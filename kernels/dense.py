@@ -105,6 +105,5 @@ register(
         accepts=_accepts,
         rounding=_rounding,
         seconds=_seconds,
-        epilogues=("silu_mul", "add"),
     )
 )

@@ -228,7 +228,7 @@ def run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out
     if not launchers or x.data_ptr() & 15:
         return False
     addresses, queue = stream.pointers(parts, call), torch._C._cuda_getCurrentRawStream(index)
-    more = [0 if t is None else t.data_ptr() for t in (bias, other)]
+    b, added = (0 if t is None else t.data_ptr() for t in (bias, other))
     for launch in launchers:
-        launch(x, addresses, *more, out.data_ptr(), queue)
+        launch(x, addresses, b, added, out.data_ptr(), queue)
     return True

@@ -103,7 +103,7 @@ def measure(name: str, make: Make) -> Row:
 def _against_float64(plan: Plan) -> float:
     """The worst error of the planned kernel over its bound, for some rows of x."""
     worst, dtype = 0.0, plan.match.dtype
-    for packed, w in zip(plan.packed, plan.match.recovered.weights, strict=True):
+    for packed, w in zip(plan.packed, plan.weights, strict=True):
         x = torch.randn(5, w.k, generator=torch.Generator().manual_seed(0)).to(dtype)
         fed = x if packed.perm is None else x[:, packed.perm]
         y = ops.GEMMS[plan.layout](
