@@ -41,7 +41,7 @@ class Shape(stream.Shape):
 
     @property
     def block(self) -> int:
-        return 256
+        return 256 + (4 * max(self.groups, 1) if self.format.zero == "float" else 0)
 
     @property
     def limit(self) -> float:

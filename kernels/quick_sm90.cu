@@ -78,17 +78,18 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait(u32& first, u3
 // What wgmma is told of x: rows of 128 bytes, swizzled, eights of rows 1024 bytes apart.
 __device__ __forceinline__ u64 describe(u32 at) { return (u64)((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 
-// Of two rows' groups, what is taken off codes and the scale. Codes less a zero are worth 2^UNIT each (1 where zeros are
-// floats). A bfloat16 has room to leave 2^UNIT for the end; a half has not, and where a scale over 2^UNIT is none, 2^15 of it
-// is left for a second product.
+// Of two rows' groups, what is taken off codes, the scale, and what is left of a zero, scaled. Codes less a zero are worth
+// 2^UNIT each. A bfloat16 has room to leave 2^UNIT for the end; a half has not, and where a scale over 2^UNIT is none, 2^15 of
+// it is left for a second product.
 struct Factors {
     Zero zero[2];
-    u32 scale[2], second[2];
+    u32 scale[2], second[2], rest[2];
     bool large;
 
     __device__ __forceinline__ Factors() : zero{0.f, 0.f} {}
     __device__ __forceinline__ Factors(u32 scales, u32 zeros, int s, int half, int lane) : zero{0.f, 0.f} {
-        constexpr bool WHOLE = XTYPE == HALF && ZERO != 2;
+        constexpr bool WHOLE = XTYPE == HALF;
+        constexpr float UP = (float)(1 << -UNIT);
         float z[2];
         load_zeros(z, zeros, s, half, lane);
         for (int w = 0; w < 2; w++) zero[w] = Zero(z[w]);
@@ -103,23 +104,26 @@ struct Factors {
         } else {
             load_scales(f, scales, s, half, lane);
             for (int w = 0; w < 2; w++) {
-                const float times = WHOLE ? f[w] * (float)(1 << -UNIT) : f[w];
+                const float times = WHOLE ? f[w] * UP : f[w];
                 scale[w] = pair<XTYPE>(times, times);
             }
-            large = WHOLE && fmaxf(fabsf(f[0]), fabsf(f[1])) * (float)(1 << -UNIT) > 65504.f;
+            large = WHOLE && fmaxf(fabsf(f[0]), fabsf(f[1])) * UP > 65504.f;
         }
+        auto leave = [&](int w, float times) { rest[w] = pair<XTYPE>(zero[w].rest * times, zero[w].rest * times); };
+        if constexpr (ZERO == 2)
+            for (int w = 0; w < 2; w++) leave(w, WHOLE ? f[w] : f[w] / UP);
         if (large)
             for (int w = 0; w < 2; w++) {
-                const float times = f[w] * (float)(1 << -UNIT);
-                const bool over = fabsf(times) > 65504.f;
+                const bool over = fabsf(f[w] * UP) > 65504.f;
                 // A number stays one: a weight of zero must stay zero.
-                float rest = over ? times * (1.f / 32768.f) : times;
-                if (fabsf(rest) < as_float(0x7f800000)) rest = fminf(fmaxf(rest, -65504.f), 65504.f);
-                scale[w] = pair<XTYPE>(rest, rest), second[w] = power_pair(over ? 15 : 0);
+                float first = over ? f[w] * UP * (1.f / 32768.f) : f[w] * UP;
+                if (fabsf(first) < as_float(0x7f800000)) first = fminf(fmaxf(first, -65504.f), 65504.f);
+                scale[w] = pair<XTYPE>(first, first), second[w] = power_pair(over ? 15 : 0);
+                if constexpr (ZERO == 2) leave(w, over ? f[w] * (1.f / 32768.f) : f[w]);
             }
     }
 };
-constexpr float FINAL = XTYPE == HALF || ZERO == 2 ? 1.f : (float)(1 << -UNIT);
+constexpr float FINAL = XTYPE == HALF ? 1.f : (float)(1 << -UNIT);
 
 // The first row of x of a tile: the last tile repeats rows of the one before, since what lies beyond x is slow to fetch.
 __device__ __forceinline__ int row_of_x(int tile, int m) { return max(min(tile * COLUMNS, m - COLUMNS), 0); }
@@ -200,7 +204,8 @@ quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
 #pragma unroll
         for (int i = 0; i < FLIGHT * 4; i++) {
             const int step = first + i / 4, w = i % 2;
-            a[i / 4][i % 4] = product_pair<XTYPE>(codes.operand(w, step / 2, step % 2, i % 4 / 2, factors.zero[w]), factors.scale[w]);
+            const u32 v = codes.operand(w, step / 2, step % 2, i % 4 / 2, factors.zero[w]);
+            a[i / 4][i % 4] = ZERO == 2 ? fma_pair<XTYPE>(v, factors.scale[w], factors.rest[w]) : product_pair<XTYPE>(v, factors.scale[w]);
         }
         if (factors.large)
 #pragma unroll
