@@ -1,4 +1,4 @@
-"""C++ and CUDA source to loaded functions. No shell and no process of ours: Inductor's compiler, NVRTC, the driver."""
+"""CUDA source to loaded functions. No shell and no process of ours: NVRTC and the driver."""
 
 from __future__ import annotations
 
@@ -32,21 +32,6 @@ FREE_SHARED = 48 * 1024
 LOADED: list[Function] = []
 # Two threads that want one kernel must not load it twice.
 _LOADING = threading.Lock()
-
-
-@functools.cache
-def load_cpp(name: str) -> Any | None:
-    """The library built from `name` in this folder, by ctypes; None where there is no compiler or it fails.
-
-    Never raises: whoever asks has another way, and says so. Compiled once for each source, then cached on disk.
-    """
-    source = resources.files(__package__).joinpath(name).read_text()
-    try:
-        from torch._inductor.codecache import CppCodeCache
-
-        return CppCodeCache.load(source, device_type="cpu")
-    except Exception:  # noqa: BLE001  the ways in which a compiler can be missing or broken have no common type
-        return None
 
 
 def arch_of(major: int, minor: int) -> str:

@@ -50,6 +50,8 @@ ISAS = (
     Isa("avx512", _VNNI, _WIDE, (("LQ_LANES", 16), ("LQ_AMX", 0))),
     Isa("avx2", _AVX2, ("-march=x86-64-v3",), (("LQ_LANES", 8), ("LQ_AMX", 0))),
 )
+# Of what every machine has, for code that is no kernel.
+ANY = Isa("any", (), (), ())
 # Not one of those: bfloat16 products round, whole numbers do not.
 AMX_BF16 = Isa(
     "amx_bf16",

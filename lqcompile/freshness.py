@@ -7,28 +7,35 @@ is the same object, at the same address, with the same version counter. Inferenc
 from __future__ import annotations
 
 import ctypes
+import functools
 import operator
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .kernels.build import load_cpp
+from .errors import Refused
+from .kernels import native as library
 
 # Below this many tensors Python is as fast, and needs no compiler.
 WORTH_COMPILING = 48
 
 
-def _native() -> Any:
-    """The loop in C, at 10 ns a tensor instead of 100; None where it cannot be built."""
-    library = load_cpp("freshness.cpp")
-    if library is None:
+@functools.cache
+def _native() -> tuple[Any, list[ctypes.c_void_p]] | None:
+    """The loop in C, at 10 ns a tensor instead of 100, and what it is to call; None where it cannot be built."""
+    try:
+        function = library.load("freshness.cpp", library.ANY).lq_first_changed
+        torchs = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        # at::TensorBase::_version() const has no name in the C interface.
+        found = (torchs._ZNK2at10TensorBase8_versionEv, torchs.aoti_torch_get_data_ptr)
+    except (Refused, OSError, AttributeError):
         return None
-    function = library.lq_first_changed
-    function.restype, function.argtypes = ctypes.c_int64, (ctypes.c_int64, *[ctypes.c_void_p] * 3)
-    return function
+    function.restype, function.argtypes = ctypes.c_int64, (ctypes.c_int64, *[ctypes.c_void_p] * 5)
+    return function, [ctypes.cast(f, ctypes.c_void_p) for f in found]
 
 
 class Snapshot:
@@ -56,10 +63,11 @@ class Snapshot:
         if native is None:
             version, address = operator.attrgetter("_version"), Tensor.data_ptr
             return lambda: list(map(version, tensors)) != versions or list(map(address, tensors)) != pointers
+        first_changed, given = native
         handles = _Handles(tensors)
         n = len(tensors)
         where, what = (ctypes.c_void_p * n)(*pointers), (ctypes.c_int64 * n)(*versions)
-        return lambda: native(n, handles.array, where, what) >= 0
+        return lambda: first_changed(n, handles.array, where, what, *given) >= 0
 
     def changed(self, current: tuple[Tensor, ...]) -> bool:
         """Whether `current`, which stand where the sources stood, differ from them."""

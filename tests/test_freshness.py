@@ -12,6 +12,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import lqcompile
+from lqcompile import freshness
+from lqcompile.kernels.native import has_compiler
 
 from .models import Dequant, close, compiled, mlp
 
@@ -74,6 +76,7 @@ CHANGES = (
 @pytest.mark.parametrize("native", [False, True], ids=["python", "native"])
 def test_new_weights_are_used_on_the_next_call(change, native, monkeypatch):
     monkeypatch.setattr("lqcompile.freshness.WORTH_COMPILING", 1 if native else 1 << 30)
+    assert freshness._native() is not None or not has_compiler()
     model, x = mlp(), torch.randn(5, 128)
     with torch.no_grad():
         f = compiled(model)
