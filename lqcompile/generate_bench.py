@@ -145,7 +145,7 @@ def _generate(model: Any, tokens: Tensor, new: int, way: str) -> Callable[..., A
 
     how: dict[str, Any] = {"disable_compile": True}
     if way != "eager":
-        compiling = CompileConfig(backend=way, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        compiling: Any = CompileConfig(backend=way, mode="reduce-overhead", fullgraph=True, dynamic=False)
         compiling._compile_all_devices = True
         how = {"compile_config": compiling}
 

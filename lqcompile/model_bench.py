@@ -81,8 +81,7 @@ class _Session:
         self.document["interleaved"] = self.together
         self.say(f"{options.model} made, {size(decoder.weight_bytes(quantized))} of weights a step")
         show([*self.head(), ("", ""), heading()])
-        # What the first compile of a process does once is nobody's.
-        torch.compile(torch.nn.Linear(4, 4, device=device))(torch.randn(2, 4, device=device))
+        warm_up(device)
         for point in points:
             self.measure(point)
         self.document["clocks_at_end"] = clocks(device)
@@ -96,13 +95,12 @@ class _Session:
     def head(self) -> list[tuple[str, str]]:
         """The machine, the model and the method, in words."""
         d = self.document
-        layers = f"{d['layers']} layers" + (
-            "" if d["layers"] == d["of_layers"] else f" of {d['of_layers']} (shortened)"
-        )
+        layers = str(d["layers"]) + ("" if d["layers"] == d["of_layers"] else f" of {d['of_layers']}, shortened")
         turns = "all ways in turns" if self.together else "one way after the other: together they do not fit"
+        weights = f"{d['bits']} bits {d['method']}, groups of {d['group']}, random"
         lines = [
             f"{d['device']['name']}, torch {d['torch']}, {d['date']}",
-            f"{d['model']}, {layers}, {d['bits']} bits {d['method']}, groups of {d['group']}, bfloat16, random weights",
+            f"{d['model']}, layers: {layers}; weights: {weights}; activations and head: bfloat16",
             f"decode: one step, a cache of {d['context']} tokens; {turns}, medians of {self.options.repeats} samples",
             "compile: cold, with an empty Inductor cache; error: of the logits, against float32, and what is allowed",
         ]
@@ -243,3 +241,8 @@ class _Session:
             self.options.json.write_text(json.dumps(document, indent=1) + "\n")
         if self.options.svg is not None:
             self.options.svg.write_text(picture(document))
+
+
+def warm_up(device: torch.device) -> None:
+    """What the first compile of a process does once belongs to no way."""
+    torch.compile(torch.nn.Linear(4, 4, device=device))(torch.randn(2, 4, device=device))

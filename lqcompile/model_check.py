@@ -49,13 +49,14 @@ def references(model: Decoder, point: Point) -> list[Checked]:
     tokens, decoding = torch.randint(0, vocabulary, (point.batch, point.tokens), device=device), point.tokens == 1
     model.empty_cache(point.batch, point.length, DTYPE)
     eager = []
-    for i in range(CHECKED):
+    for i in range(CHECKED if decoding else 1):
         position = torch.arange(point.tokens, device=device) + (i if decoding else 0)
         after, logits = model(tokens, position)
         eager.append((tokens, position, after, logits))
         tokens = after if decoding else tokens
     model.empty_cache(point.batch, point.length, torch.float32)
-    return [Checked(*call, exact=model(*call[:2])[1]) for call in eager]
+    found = [Checked(*call, exact=model(*call[:2])[1]) for call in eager]
+    return found if decoding else found * CHECKED
 
 
 def judged(runner: Runner, point: Point, checked: Sequence[Checked]) -> Row:
