@@ -140,12 +140,13 @@ MODEL_OPTIONS: tuple[Option, ...] = (
     ("--group", "group", _read("group", "model_options"), "N", "inputs that share a scale (128)"),
     ("--method", "method", _read("method", "model_options"), "NAME", "rtn | nf4 | bcq (rtn)"),
     ("--batch", "batches", _read("batches", "model_options"), "B,...", "sequences that are decoded together (1)"),
-    ("--layers", "layers", _read("layers", "model_options"), "N", "a shorter model; nothing is extrapolated"),
+    ("--layers", "layers", _read("layers", "model_options"), "N", "a shorter model"),
     ("--context", "context", _read("context", "model_options"), "N", "tokens in the cache (512)"),
 )
 STEP_OPTIONS: tuple[Option, ...] = (
     ("--prefill", "prefill", _read("prefill", "model_options"), "N", "also read a prompt of N tokens"),
     ("--compare", "compare", _read("compare", "model_options"), "WAY,...", "inductor,dense,int4pack (all)"),
+    ("--extrapolate", "extrapolate", None, "", "from --layers and from one to all layers, marked as such (no)"),
     ("--steps", "steps", _read("steps", "model_options"), "N", "also N steps by lq, for what they leave behind"),
     ("--trace", "trace", _writable, "FILE", "also a Chrome trace of one step by lq, and what its time goes to"),
     ("--svg", "svg", _writable, "FILE", "also a picture of tokens a second against batch"),

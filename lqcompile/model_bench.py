@@ -20,7 +20,7 @@ from .cli import Exit
 from .decoder import Decoder
 from .model_check import DTYPE, Checked, Point, judged, references, relative, row_of
 from .model_options import CHECKED, Options
-from .model_results import SCHEMA, Row, heading, line, picture, summary
+from .model_results import SCHEMA, Row, extrapolated, heading, line, picture, summary, told
 from .report import size
 from .results import clocks, facts
 from .terminal import show
@@ -37,15 +37,27 @@ def bench_model(options: Options, command: Sequence[str] = ("lq", "bench")) -> i
     what was measured survives whatever stops the rest.
     """
     shape = options.shape
+    before: list[Row] = []
     here = torch.cuda.device(options.device) if options.device.type == "cuda" else contextlib.nullcontext()
     with torch.no_grad(), here:
-        return _Session(options, shape, command).run()
+        if options.extrapolate:
+            short = dataclasses.replace(options, trace=None, steps=0, svg=None)
+            one = _Session(short, dataclasses.replace(shape, layers=1), command)
+            wrong = one.run()
+            if wrong:
+                return wrong
+            before = one.rows
+            one.models.clear()
+        return _Session(options, shape, command, before).run()
 
 
 class _Session:
     """One run: what it was asked for, the models that it holds, and the rows so far."""
 
-    def __init__(self, options: Options, shape: decoder.Shape, command: Sequence[str]) -> None:
+    def __init__(
+        self, options: Options, shape: decoder.Shape, command: Sequence[str], before: Sequence[Row] = ()
+    ) -> None:
+        self.before = before
         self.options, self.shape, self.begun = options, shape, time.monotonic()
         self.ways = ("lq", *options.compare)
         self.rows: list[Row] = []
@@ -86,7 +98,7 @@ class _Session:
             self.measure(point)
         self.document["clocks_at_end"] = clocks(device)
         self.write()
-        show([("", ""), *summary(self.rows)])
+        show([("", ""), *summary(self.rows), *told(self.extrapolated())])
         wrong = [row for row in self.rows if row.verdict == "WRONG" or (row.way, row.verdict) == ("lq", "FAILED")]
         for row in wrong:
             show([("bold red", f"{row.verdict}: {row.way}, {row.phase}, batch {row.batch}: {row.note}")])
@@ -109,6 +121,7 @@ class _Session:
     def fits(self, cached: int) -> bool:
         """Whether all ways, with caches of `cached` tokens, fit into what memory is free, and a fifth to spare."""
         device, shape = self.options.device, self.shape
+        self.emptied()
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
         else:
@@ -235,8 +248,16 @@ class _Session:
         if self.options.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def extrapolated(self) -> list[dict[str, Any]]:
+        """To all layers, where a model of one was timed before; else nothing."""
+        whole = decoder.SHAPES[self.options.model].layers
+        return extrapolated(self.before, self.rows, self.shape.layers, whole)
+
     def write(self) -> None:
         document = {**self.document, "rows": [dataclasses.asdict(row) for row in self.rows]}
+        if self.before:
+            document["rows_of_one_layer"] = [dataclasses.asdict(row) for row in self.before]
+            document["extrapolated"] = self.extrapolated()
         if self.options.json is not None:
             self.options.json.write_text(json.dumps(document, indent=1) + "\n")
         if self.options.svg is not None:

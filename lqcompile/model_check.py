@@ -80,9 +80,10 @@ def judged(runner: Runner, point: Point, checked: Sequence[Checked]) -> Row:
         wrong = f"the logits are off by {error:.3g}, allowed {allowed:.3g}"
     row = row_of(runner.name, point, "WRONG" if wrong else "ok", wrong)
     notes = [wrong] if wrong else []
-    quantized = rewritten = None
+    quantized = rewritten = passes = None
     if runner.report is not None:
         quantized, rewritten = runner.report.quantized, runner.report.rewritten
+        passes = sum(p.seconds for p in runner.report.passes)
         notes += [f"{quantized - rewritten} of {quantized} matmuls not rewritten"] if rewritten < quantized else []
         notes += [first_line(w.message) for w in told if "lqcompile" in str(w.message)]
     if runner.graphs_skipped and checked[0].tokens.is_cuda:
@@ -91,6 +92,7 @@ def judged(runner: Runner, point: Point, checked: Sequence[Checked]) -> Row:
         row,
         note="; ".join(notes),
         compile_seconds=runner.compile_seconds,
+        pass_seconds=passes,
         weight_bytes=runner.weight_bytes,
         error=error if error < float("inf") else None,
         allowed=allowed,

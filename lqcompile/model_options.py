@@ -23,7 +23,8 @@ class Options:
     """What `lq bench --model` was asked for.
 
     prefill     tokens of a prompt; None: no prompt is timed
-    layers      fewer than the model has; nothing is extrapolated from them
+    layers      fewer than the model has
+    extrapolate from `layers` and from one to all that the model has; never without being asked for
     context     tokens that the cache of a decoding model holds
     steps       of endurance, by lq at the first batch; 0: none
     time_limit  seconds after which no further way is begun
@@ -38,6 +39,7 @@ class Options:
     prefill: int | None = None
     compare: tuple[str, ...] = ("inductor", "dense", "int4pack")
     layers: int | None = None
+    extrapolate: bool = False
     context: int = 512
     steps: int = 0
     repeats: int = 5
@@ -48,8 +50,12 @@ class Options:
 
     @property
     def shape(self) -> decoder.Shape:
-        """The model's, with as many layers as were asked for. Raises ArgumentError for more than it has."""
+        """The model's, with as many layers as were asked for. Raises ArgumentError for more than it has, or too few."""
         whole = decoder.SHAPES[self.model]
+        if self.extrapolate and not 1 < (self.layers or 0) < whole.layers:
+            raise ArgumentError(
+                "--layers", self.layers, f"2 to {whole.layers - 1} for {self.model}, with --extrapolate"
+            )
         if self.layers is not None and self.layers > whole.layers:
             raise ArgumentError("--layers", self.layers, f"at most {whole.layers} for {self.model}")
         return whole if self.layers is None else dataclasses.replace(whole, layers=self.layers)

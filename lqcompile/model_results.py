@@ -41,7 +41,7 @@ class Row:
     "decode" and "prefill" are a model of ours, "generate" is one of transformers through `generate`.
 
     seconds          of a call, the median, with `least` and `most`, over `samples` samples; None where not timed
-    compile_seconds  of the first call, with an empty Inductor cache
+    compile_seconds  of the first call, with an empty Inductor cache; pass_seconds: of those, our passes' own
     weight_bytes     that every call reads, as the way holds them; light: seconds in which they can be read
     memory_bytes     of the GPU, at most, from the model's tensors to the last checked call; None on a CPU
     error            relative, of the logits of the worst sequence, against float32; allowed: what is still right
@@ -60,6 +60,7 @@ class Row:
     most: float | None = None
     samples: int = 0
     compile_seconds: float | None = None
+    pass_seconds: float | None = None
     weight_bytes: int | None = None
     memory_bytes: int | None = None
     light: float | None = None
@@ -167,6 +168,33 @@ def summary(rows: Sequence[Row]) -> list[Line]:
         ]
         if others:
             lines.append(("bold", f"{named(ours.phase, ours.batch, ours.tokens)}: lq is {', '.join(others)}"))
+    return lines
+
+
+def extrapolated(one: Sequence[Row], some: Sequence[Row], layers: int, whole: int) -> list[dict[str, Any]]:
+    """Seconds of `whole` layers where 1 and `layers` were timed: every further layer takes as long as those between.
+
+    Plain values and no rows, so that they are not taken for measurements.
+    """
+    short = {(row.way, row.phase, row.batch, row.tokens): row.seconds for row in one}
+    found = []
+    for row in some:
+        first = short.get((row.way, row.phase, row.batch, row.tokens))
+        if first and row.seconds:
+            seconds = first + (whole - 1) * (row.seconds - first) / (layers - 1)
+            point = {"way": row.way, "phase": row.phase, "batch": row.batch, "tokens": row.tokens}
+            found.append({**point, "from_layers": [1, layers], "layers": whole, "seconds": seconds})
+    return found
+
+
+def told(found: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """What was extrapolated, in words that say so."""
+    lines: list[Line] = []
+    for e in found:
+        low, high = e["from_layers"]
+        rate = f"{e['batch'] * e['tokens'] / e['seconds']:,.1f} tokens/s, {1e3 * e['seconds']:.3f} ms"
+        point = f"{e['way']}, {named(e['phase'], e['batch'], e['tokens'])}"
+        lines.append(("yellow", f"EXTRAPOLATED from {low} and {high} layers to {e['layers']}, {point}: {rate}"))
     return lines
 
 

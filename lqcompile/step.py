@@ -22,7 +22,7 @@ from .ways import Runner, recordings, synchronize
 
 # The first whose pattern is found in a kernel's name has it; Triton names kernels after what they fuse.
 GROUPS = (
-    ("packed matmuls", r"(lut|quick)_(gemm|batch|dense)|^lq::"),
+    ("packed matmuls", r"\b(lut|quick)_|^lq::"),
     ("attention", r"softmax|scaled_dot|flash|fmha|attention|bmm"),
     ("dense matmuls", r"gemm|gemv|gemvx|nvjet|cutlass|cublas|aten::(mm|addmm|linear|_weight)|mkl"),
     ("copies", r"(?i)memcpy|memset|copy|aten::clone"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from lqcompile import cli, generate_bench, model_bench, model_results, step, timing, ways
+from lqcompile import cli, decoder, generate_bench, model_bench, model_results, step, timing, ways
 from lqcompile.errors import ArgumentError
 from lqcompile.model_results import Row
 
@@ -54,6 +54,7 @@ def test_lq_beside_int4pack_from_the_command_line(run, tmp_path):
         assert 0 < row.least <= row.seconds <= row.most and row.samples == 2 and row.compile_seconds > 0
         assert 0 < row.error <= row.allowed < 0.05 and row.checked == 4 and row.share > 0
     assert (rows["lq"].rewritten, rows["lq"].quantized) == (7, 7)
+    assert 0 < rows["lq"].pass_seconds < rows["lq"].compile_seconds and rows["int4pack"].pass_seconds is None
     # The head and the norms are bfloat16; codes of 4 bits have a scale and a zero for 128 of them.
     assert rows["lq"].weight_bytes < 2 * 512 * 256 + 0.6 * 589824 + 2000
     endurance = found["endurance"]
@@ -187,6 +188,7 @@ def test_a_bad_value_is_named_with_what_is_accepted(option, value, says, capsys)
     [
         (("--model", "tiny", "--layers", "3"), "--layers is 3; accepted: at most 2 for tiny"),
         (("--model", "tiny", "--bits", "9"), "bits is 9"),
+        (("--model", "tiny", "--layers", "1", "--extrapolate"), "--layers is 1"),
         (("--model", "tiny", "--group", "96"), "group is 96"),
         (("--model", "tiny", "--m", "8"), "it is for matmuls"),
         (("--batch", "8"), "it is for model | transformers"),
@@ -200,6 +202,23 @@ def test_options_that_do_not_go_together_are_refused(options, says, capsys, tmp_
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "--device", "cpu", *options]) == cli.Exit.USAGE
     assert says in capsys.readouterr().err
+
+
+def test_nothing_is_extrapolated_unless_asked_for_and_then_it_is_marked(run, uncompiled, monkeypatch):
+    shape = dataclasses.replace(decoder.SHAPES["tiny"], layers=6)
+    monkeypatch.setattr(decoder, "SHAPES", {"tiny": shape})
+    some = ("--model", "tiny", "--layers", "3", "--context", "16", "--repeats", "1", "--device", "cpu")
+    some += ("--compare", "dense")
+    code, found, out = run(*some)
+    assert code == cli.Exit.FINE and "extrapolated" not in found and "EXTRAPOLATED" not in out
+    code, found, out = run(*some, "--extrapolate")
+    assert code == cli.Exit.FINE and out.count("EXTRAPOLATED from 1 and 3 layers to 6") == 2
+    timed = {row.way: row.seconds for row in model_results.rows_of(found)}
+    one = {row["way"]: row["seconds"] for row in found["rows_of_one_layer"]}
+    assert found["layers"] == 3 and {e["way"] for e in found["extrapolated"]} == {"lq", "dense"}
+    for e in found["extrapolated"]:
+        low, high = one[e["way"]], timed[e["way"]]
+        assert e["seconds"] == pytest.approx(low + 5 * (high - low) / 2)
 
 
 def test_endurance_sees_what_steps_leave_behind():
