@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -34,6 +34,10 @@ class Recovered:
     again: Callable[[Sequence[Tensor]], Recovered]
     key: str
     fused: str = ""
+
+    def forgotten(self) -> Recovered:
+        """The same without the weights, once they are packed: only what it takes to make them again."""
+        return replace(self, weights=())
 
 
 @dataclass
