@@ -87,7 +87,8 @@ def _bench(given: argparse.Namespace) -> int:
 
     if mode == "model":
         return model_bench.bench_model(model_bench.Options(model=given.model, **chosen), command)
-    return generate_bench.bench_generate(model_bench.Options(model=given.transformers, **chosen), command)
+    whole = {"context": generate_bench.CONTEXT, **chosen}
+    return generate_bench.bench_generate(model_bench.Options(model=given.transformers, **whole), command)
 
 
 def _calibrate(given: argparse.Namespace) -> int:
@@ -141,7 +142,7 @@ MODEL_OPTIONS: tuple[Option, ...] = (
     ("--method", "method", _read("method", "model_options"), "NAME", "rtn | nf4 | bcq (rtn)"),
     ("--batch", "batches", _read("batches", "model_options"), "B,...", "sequences that are decoded together (1)"),
     ("--layers", "layers", _read("layers", "model_options"), "N", "a shorter model"),
-    ("--context", "context", _read("context", "model_options"), "N", "tokens in the cache (512)"),
+    ("--context", "context", _read("context", "model_options"), "N", "tokens in the cache (512; of transformers 80)"),
 )
 STEP_OPTIONS: tuple[Option, ...] = (
     ("--prefill", "prefill", _read("prefill", "model_options"), "N", "also read a prompt of N tokens"),

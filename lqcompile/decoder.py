@@ -89,8 +89,9 @@ class Attention(nn.Module):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        q = rotated(self.q(x).unflatten(-1, (-1, self.head)).transpose(1, 2), cos, sin)
+        k = rotated(self.k(x).unflatten(-1, (-1, self.head)).transpose(1, 2), cos, sin)
+        v = self.v(x).unflatten(-1, (-1, self.head)).transpose(1, 2)
         self.keys.index_copy_(2, position, k)
         self.values.index_copy_(2, position, v)
         if mask is None:

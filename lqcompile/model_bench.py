@@ -87,6 +87,7 @@ class _Session:
         )
         self.quantized = quantized
         self.timer = timing.timer(device)
+        self.document["light"] = self.timer.light_name()
         points = [Point(batch, 1, options.context) for batch in options.batches]
         points += [Point(1, options.prefill, options.prefill)] if options.prefill else []
         self.together = self.fits(max(point.batch * point.length for point in points))
@@ -114,7 +115,8 @@ class _Session:
             f"{d['device']['name']}, torch {d['torch']}, {d['date']}",
             f"{d['model']}, layers: {layers}; weights: {weights}; activations and head: bfloat16",
             f"decode: one step, a cache of {d['context']} tokens; {turns}, medians of {self.options.repeats} samples",
-            "compile: cold, with an empty Inductor cache; error: of the logits, against float32, and what is allowed",
+            "compile: with an empty Inductor cache; error: of the logits, against float32, and what is allowed",
+            f"light: {d['light']}",
         ]
         return [("dim", text) for text in lines]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +56,22 @@ def references(model: Decoder, point: Point) -> list[Checked]:
         eager.append((tokens, position, after, logits))
         tokens = after if decoding else tokens
     model.empty_cache(point.batch, point.length, torch.float32)
-    found = [Checked(*call, exact=model(*call[:2])[1]) for call in eager]
+    with _wide_biases(model):
+        found = [Checked(*call, exact=model(*call[:2])[1]) for call in eager]
     return found if decoding else found * CHECKED
+
+
+@contextlib.contextmanager
+def _wide_biases(model: Decoder) -> Iterator[None]:
+    """Biases in float32 meanwhile: F.linear wants them in the dtype of x. The same tensors are put back."""
+    kept = [(p, p.data) for name, p in model.named_parameters() if name.endswith(".bias")]
+    try:
+        for p, data in kept:
+            p.data = data.float()
+        yield
+    finally:
+        for p, data in kept:
+            p.data = data
 
 
 def judged(runner: Runner, point: Point, checked: Sequence[Checked]) -> Row:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lqcompile import decoder, ways
+from lqcompile import decoder, model_check, ways
 from lqcompile.quantize import QuantLinear
 
 TINY = decoder.SHAPES["tiny"]
@@ -65,6 +65,25 @@ def test_a_prompt_gives_the_logits_of_transformers_and_so_do_steps(kind):
     for i in range(9):
         _, logits = model(tokens[:, i : i + 1], torch.tensor([i]))
         torch.testing.assert_close(logits, exact[:, i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_reference_is_the_model_in_float32(kind):
+    """It differs from eager bfloat16 by roundings, from float32 on the same weights by those of weights and head."""
+    model = random(KINDS[kind], torch.bfloat16)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    for point in (model_check.Point(2, 1, 16), model_check.Point(1, 9, 9)):
+        calls = model_check.references(model, point)
+        assert len(calls) == model_check.CHECKED
+        assert [p.data_ptr() for p in model.parameters()] == addresses
+        wide = random(KINDS[kind]).float()
+        wide.load_state_dict(model.state_dict())
+        wide.empty_cache(point.batch, point.length, torch.float32)
+        for call in calls:
+            assert 1e-3 < model_check.relative(call.logits, call.exact) < 0.03
+            assert model_check.relative(wide(call.tokens, call.position)[1], call.exact) < 0.01
+            assert torch.equal(call.next, call.logits.argmax(-1, keepdim=True))
 
 
 def test_blocks_are_quantized_and_the_head_is_dense():

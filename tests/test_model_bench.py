@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import types
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -234,6 +235,19 @@ def test_endurance_sees_what_steps_leave_behind():
     assert "yellow" in style and "3 recompiles" in text
 
 
+def test_recorded_graphs_are_counted_through_the_trees(monkeypatch):
+    from torch._inductor import cudagraph_trees
+
+    def node(*children):
+        return types.SimpleNamespace(children={0: list(children)})
+
+    roots = {0: [node(node(), node(node()))], 1: [node()]}
+    for manager, count in ((types.SimpleNamespace(roots=roots), 5), (None, 0)):
+        monkeypatch.setattr(cudagraph_trees, "get_manager", lambda *_, manager=manager, **__: manager)
+        assert ways.recordings(torch.device("cuda", 0)) == count
+    assert ways.recordings(torch.device("cpu")) == 0
+
+
 def test_a_trace_is_split_without_rest_or_overlap():
     def event(name, start, length):
         return {"name": name, "ts": start, "dur": length}
@@ -300,6 +314,16 @@ def test_the_table_and_the_picture_show_every_way():
     labels = sorted(float(text.get("y")) for text in (lines["way lq"][-1], lines["way <i>"][-1]))
     assert one[0] > one[1] == two[0] and labels[1] - labels[0] == pytest.approx(16)
     assert ElementTree.fromstring(model_results.picture(document())) is not None
+
+
+def test_configurations_of_transformers_come_by_name_or_from_a_file(tmp_path):
+    for name in generate_bench.KINDS:
+        config, shape = generate_bench.config_of(name, None), decoder.SHAPES[name]
+        sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
+        assert sizes == (shape.layers, shape.hidden, shape.intermediate, shape.vocabulary)
+    config.save_pretrained(tmp_path)
+    for given in (tmp_path, tmp_path / "config.json"):
+        assert generate_bench.config_of(str(given), 1).num_hidden_layers == 1
 
 
 def test_generate_of_transformers(run, monkeypatch):
