@@ -65,8 +65,10 @@ def bench_generate(options: Options, command: Sequence[str] = ("lq", "bench")) -
     """Prints a row for each of WAYS at each batch. Exit.PROOF_FAILED if one is wrong, or lq fails.
 
     A call of `generate` goes from PROMPT tokens until the static cache of `context` tokens is full, greedily. Raises
-    ArgumentError for a model that transformers cannot make.
+    ArgumentError for a model that transformers cannot make, or a context that leaves no room.
     """
+    if options.context <= PROMPT:
+        raise ArgumentError("--context", options.context, f"more than {PROMPT}, the prompt, with --transformers")
     config = config_of(options.model, options.layers)
     from transformers import AutoModelForCausalLM
 
@@ -123,7 +125,9 @@ def _measured(model: Any, batch: int, options: Options) -> list[Row]:
                 found = run(output_logits=True)
                 synchronize(tokens.device)
                 first = time.perf_counter() - begun
-            truth = truth or found
+            truth = found if way == "eager" else truth
+            if truth is None:
+                raise ValueError("eager failed, and there is nothing to compare with")
             rows[way] = _judged(way, found, truth, model, Report.merged(reports) if reports else None)
             if way != "eager":
                 rows[way] = dataclasses.replace(rows[way], compile_seconds=first)

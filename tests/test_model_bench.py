@@ -197,6 +197,7 @@ def test_a_bad_value_is_named_with_what_is_accepted(option, value, says, capsys)
         (("--transformers", "tiny", "--trace", "x.json"), "it is for model"),
         (("--transformers", "tiny", "--model", "tiny"), "one of --model and --transformers"),
         (("--transformers", "nonsense"), "llama3-8b"),
+        (("--transformers", "tiny", "--context", "16"), "--context is 16; accepted: more than 16"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, says, capsys, tmp_path, monkeypatch):
@@ -324,6 +325,19 @@ def test_configurations_of_transformers_come_by_name_or_from_a_file(tmp_path):
     config.save_pretrained(tmp_path)
     for given in (tmp_path, tmp_path / "config.json"):
         assert generate_bench.config_of(str(given), 1).num_hidden_layers == 1
+
+
+def test_a_way_of_transformers_that_cannot_run_says_so(run, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(generate_bench, "_judged", broken)
+    tiny = ("--transformers", "tiny", "--layers", "1", "--context", "17", "--device", "cpu")
+    monkeypatch.setattr(generate_bench, "WAYS", ("lq",))
+    assert "nothing to compare" in run(*tiny)[1]["rows"][0]["note"]
+    monkeypatch.setattr(generate_bench, "WAYS", ("eager",))
+    code, found, _ = run(*tiny)
+    assert (code, found["rows"][0]["note"]) == (cli.Exit.FINE, "RuntimeError: no such luck")
 
 
 def test_generate_of_transformers(run, monkeypatch):
