@@ -158,14 +158,22 @@ class Decoder(nn.Module):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> None:
-        """Room for `length` tokens of `batch` sequences; activations are of `dtype` from now on."""
-        device = self.norm.weight.device
-        frequencies = self.shape.theta ** (-torch.arange(0, self.shape.head, 2, device=device) / self.shape.head)
+        """Room for `length` tokens of `batch` sequences; activations are of `dtype` from now on.
+
+        Tensors that fit are emptied in place: what was compiled for their addresses stays valid.
+        """
+        device, shape = self.norm.weight.device, self.shape
+        blocks: list[Any] = list(self.blocks)
+        size = (batch, shape.kv_heads, length, shape.head)
+        held = [t for block in blocks for t in (block.attention.keys, block.attention.values)]
+        if all(t.shape == size and t.dtype == dtype for t in held):
+            for t in held:
+                t.zero_()
+            return
+        frequencies = shape.theta ** (-torch.arange(0, shape.head, 2, device=device) / shape.head)
         angles = torch.outer(torch.arange(length, device=device), frequencies).repeat(1, 2)
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        block: Any
-        for block in self.blocks:
-            size = (batch, self.shape.kv_heads, length, self.shape.head)
+        for block in blocks:
             block.attention.keys = torch.zeros(size, dtype=dtype, device=device)
             block.attention.values = torch.zeros(size, dtype=dtype, device=device)
 

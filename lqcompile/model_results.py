@@ -243,7 +243,7 @@ def picture(document: Mapping[str, Any]) -> str:
                     "points": [{"x": x(batch), "y": y(tokens)} for batch, tokens in ways[way]],
                     "label": place,
                 }
-                for way, place in zip(names, places, strict=True)
+                for way, place in zip(names[::-1], places[::-1], strict=True)
             ],
         )
     )

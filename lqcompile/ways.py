@@ -69,8 +69,8 @@ class Runner:
 
     compile_seconds  of the first call, with an empty Inductor cache: traced, rewritten, packed, compiled, run once
     weight_bytes     that every step reads, as this way holds them
-    report           what "lq" decided
-    skipped          why Inductor did without CUDA graphs; empty where it did not
+    report           what "lq" decided; None for other ways
+    graphs_skipped   how often Inductor did without CUDA graphs
     """
 
     name: str
@@ -98,7 +98,7 @@ class Runner:
         if reports:
             self.report = Report.merged(reports)
             sources = (m for m in self.model.modules() if isinstance(m, QuantLinear))
-            held = sum(t.nbytes for m in sources for name, t in m.named_buffers())
+            held = sum(t.nbytes for m in sources for t in m.buffers())
             self.weight_bytes += self.report.bytes_after - held
         self.graphs_skipped = counters["inductor"]["cudagraph_skips"] - skipped
         return tokens, logits

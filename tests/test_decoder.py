@@ -86,6 +86,22 @@ def test_a_reference_is_the_model_in_float32(kind):
             assert torch.equal(call.next, call.logits.argmax(-1, keepdim=True))
 
 
+@torch.no_grad()
+def test_a_cache_that_fits_is_emptied_in_place():
+    model = random(TINY, torch.bfloat16)
+    model.empty_cache(2, 16, torch.bfloat16)
+    _, first = model(torch.zeros(2, 1, dtype=torch.long), torch.tensor([0]))
+    keys = [block.attention.keys for block in model.blocks]
+    assert all(bool(t.any()) for t in keys)
+    model.empty_cache(2, 16, torch.bfloat16)
+    assert all(block.attention.keys is t and not t.any() for block, t in zip(model.blocks, keys, strict=True))
+    assert torch.equal(model(torch.zeros(2, 1, dtype=torch.long), torch.tensor([0]))[1], first)
+    for batch, length, dtype in ((3, 16, torch.bfloat16), (3, 8, torch.bfloat16), (3, 8, torch.float32)):
+        model.empty_cache(batch, length, dtype)
+        assert model.blocks[1].attention.values.shape == (batch, 2, length, 64) and model.cos.shape == (length, 64)
+        assert model.blocks[1].attention.values.dtype == model.sin.dtype == dtype
+
+
 def test_blocks_are_quantized_and_the_head_is_dense():
     shape = dataclasses.replace(TINY, tied=True)
     model = random(shape, torch.bfloat16, bits=3, method="bcq", rounds=1)
