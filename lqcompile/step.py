@@ -92,9 +92,8 @@ def trace(runner: Runner, tokens: Tensor, position: Tensor, path: Path) -> dict[
     if cuda:
         return _split([e for e in complete if e.get("cat") in ON_GPU], None)
     whole = next(e for e in complete if e["name"] == MARK)
-    # Dynamo marks its own work, which holds everything else.
-    ops = [e for e in complete if e.get("cat") == "cpu_op" and not e["name"].startswith("Torch")]
-    return _split(ops, whole)
+    # Operators alone: the marks of Dynamo and Inductor hold everything.
+    return _split([e for e in complete if e.get("cat") == "cpu_op" and "::" in e["name"]], whole)
 
 
 def _split(events: Sequence[dict[str, Any]], whole: dict[str, Any] | None) -> dict[str, Any]:
