@@ -24,7 +24,11 @@ constexpr int FLIGHT = COLUMNS < 128 ? 2 : 1;                // steps of 16 inpu
 constexpr int SUMS = COLUMNS / 2;                            // of a thread
 // Whether each group's sums are scaled, and not its numbers: less work where a group has fewer sums than numbers, if another
 // set of sums finds room.
-constexpr bool LATE = COLUMNS <= (WARPS == 16 ? 32 : 64);
+constexpr bool LATE = COLUMNS <= 64;
+// The step at which the next block is opened. Early, tiles of 128 rows do not wait for its factors; smaller ones would wait for
+// memory, larger ones wait for the tensor core alone.
+constexpr bool EARLY = COLUMNS == 128 && GROUPS == 1;
+constexpr int OPEN_AT = EARLY ? 4 : 8 - FLIGHT;
 // Partial sums of an element, and how many of the sums a thread finds it adds up; rows of y that wait together to be stored.
 constexpr int PARTS = WAYS * SPLIT, OWN = (SUMS + 4 * PARTS - 1) / (4 * PARTS) * 4, OUT_ROWS = OWN < 16 ? 2 * OWN : 32;
 static_assert(2 * OWN % OUT_ROWS == 0, "a share of whole pieces");
@@ -202,16 +206,16 @@ quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
     u32 a[2][FLIGHT][4];
     Codes codes;
     Factors factors;
-    // The factors of group s of the block at hand.
+    // The factors of group s of the block that was opened last.
     auto take = [&](int s) {
-        const u32 at = w_ring + stage * W_STAGE + tile * GROUPS * COEF_ROW;
-        factors = Factors(at + SCALES_AT, w_ring + stage * W_STAGE + ZEROS_AT + tile * GROUPS * ZERO_ROW, s, half, lane);
+        const u32 at = w_ring + stage * W_STAGE;
+        return Factors(at + SCALES_AT + tile * GROUPS * COEF_ROW, at + ZEROS_AT + tile * GROUPS * ZERO_ROW, s, half, lane);
     };
     // What every number is made with.
     auto anchor = [&](int w) -> u32& { return LATE ? factors.zero[w].whole : factors.scale[w]; };
     // FLIGHT steps of 16 inputs of the block at hand, all of one group, as numbers.
     auto unpack = [&](u32 (&a)[FLIGHT][4], int first) {
-        if (GROUPS > 1 && first * GROUPS % 8 == 0) take(first * GROUPS / 8);
+        if (GROUPS > 1 && first * GROUPS % 8 == 0) factors = take(first * GROUPS / 8);
 #pragma unroll
         for (int i = 0; i < FLIGHT * 4; i++) {
             const int step = first + i / 4, w = i % 2;
@@ -224,10 +228,10 @@ quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
             for (int i = 0; i < FLIGHT * 4; i++) a[i / 4][i % 4] = product_pair<XTYPE>(a[i / 4][i % 4], factors.second[i % 2]);
     };
     // The next block, when it has come.
-    auto open = [&] {
+    auto open = [&](Codes& codes, Factors& factors) {
         barrier_wait(barriers + stage * 16, turn & 1);
         codes.load(w_ring + stage * W_STAGE + tile * COEF_AT, half, lane);
-        if (GROUPS == 1) take(0);
+        if (GROUPS == 1) factors = take(0);
     };
     // Nothing more is read of a stage.
     auto release = [&](int stage) {
@@ -240,26 +244,32 @@ quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
 #pragma unroll
         for (int e = 0; e < SUMS; e++) sum[e] = 0.f;
         int before = stage;
-        if (mine > 0) open(), unpack(a[0], 0);
+        if (mine > 0) open(codes, factors), unpack(a[0], 0);
 #pragma unroll 1
         for (int i = 0; i < mine; i++) {
             const u64 xs = describe(x_ring + stage * X_BLOCK);
+            Codes next_codes;
+            Factors next_factors;
 #pragma unroll
             for (int step = 0; step < 8; step += FLIGHT) {
                 u32 (&now)[FLIGHT][4] = a[step / FLIGHT % 2], (&ahead)[FLIGHT][4] = a[1 - step / FLIGHT % 2];
                 wgmma_fence(now);
 #pragma unroll
-                for (int j = step; j < step + FLIGHT; j++)
-                    wgmma(LATE ? part : sum, now[j - step], xs + (j / 4 * X_HALF + j % 4 * 32) / 16, !LATE || j * GROUPS % 8 > 0);
+                for (int j = step; j < step + FLIGHT; j++) {
+                    const u64 at = xs + (j / 4 * X_HALF + j % 4 * 32) / 16;
+                    if constexpr (LATE) wgmma(part, now[j - step], at, j * GROUPS % 8 > 0);
+                    else wgmma(sum, now[j - step], at, true);
+                }
                 wgmma_commit();
                 if (LATE && step * GROUPS % 8 == 0) due[0] = factors.late[0], due[1] = factors.late[1];
                 const bool last = step + FLIGHT == 8;
-                if (last) {
+                if (step == OPEN_AT) {
                     before = stage;
                     stage += WAYS;
                     if (stage >= STAGES) stage -= STAGES, turn++;
-                    if (i + 1 < mine) open();
+                    if (i + 1 < mine) EARLY ? open(next_codes, next_factors) : open(codes, factors);
                 }
+                if (EARLY && last) codes = next_codes, factors = next_factors;
                 // What was in flight before this is done, and with the first the block before.
                 wgmma_wait<1>(anchor(0), anchor(1));
                 if (step == 0 && i > 0) release(before);
