@@ -67,6 +67,19 @@ def test_lq_beside_int4pack_from_the_command_line(run, tmp_path):
     assert "lq is" in out and "int4pack" in model_results.table(found).splitlines()[0]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_replays_graphs_and_says_what_memory_it_takes(run, tmp_path):
+    trace = tmp_path / "trace.json"
+    code, found, _ = run(*TINY, "--device", "cuda", "--prefill", "16", "--steps", "300", "--trace", str(trace))
+    rows = model_results.rows_of(found)
+    assert code == cli.Exit.FINE and len(rows) == 8 and all(row.verdict == "ok" for row in rows), rows
+    for row in rows:
+        assert "CUDA graphs" not in row.note and row.memory_bytes > row.weight_bytes and row.seconds > 0
+    endurance, groups = found["endurance"], found["trace"]["groups"]
+    assert (endurance["compiled"], endurance["recorded"], endurance["bytes"]) == (0, 0, 0)
+    assert "gaps" in groups and "generated code" not in groups and sum(g["launches"] for g in groups.values()) > 10
+
+
 def test_every_way_at_every_point(run, uncompiled):
     code, found, out = run(*TINY, "--batch", "1,3", "--prefill", "16")
     rows = model_results.rows_of(found)
