@@ -76,7 +76,7 @@ class Options:
         return found
 
 
-def _list(option: str, text: str, accepted: str, read: Callable[[str], T]) -> tuple[T, ...]:
+def listed(option: str, text: str, accepted: str, read: Callable[[str], T]) -> tuple[T, ...]:
     found = []
     for piece in text.split(","):
         try:
@@ -88,7 +88,7 @@ def _list(option: str, text: str, accepted: str, read: Callable[[str], T]) -> tu
     return tuple(dict.fromkeys(found))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(text)
     return int(text)
@@ -99,14 +99,14 @@ def shapes(text: str) -> tuple[Shape, ...]:
 
     def read(piece: str) -> Shape:
         n, k = piece.split("x")
-        return _positive(n), _positive(k)
+        return positive(n), positive(k)
 
-    return SHAPES.get(text) or _list("--shapes", text, f"NxK,... | {' | '.join(SHAPES)}", read)
+    return SHAPES.get(text) or listed("--shapes", text, f"NxK,... | {' | '.join(SHAPES)}", read)
 
 
 def ms(text: str) -> tuple[int, ...]:
     """ "1,2,4,8": rows of x."""
-    return _list("--m", text, "ints of at least 1, such as 1,2,4,8", _positive)
+    return listed("--m", text, "ints of at least 1, such as 1,2,4,8", positive)
 
 
 def formats(text: str) -> tuple[str, ...]:
@@ -116,18 +116,18 @@ def formats(text: str) -> tuple[str, ...]:
         Format.parse(piece if piece.count(":") == 4 else f"{piece}:float16")
         return piece
 
-    return _list("--formats", text, FORMAT_HELP, read)
+    return listed("--formats", text, FORMAT_HELP, read)
 
 
 def kernels(text: str) -> tuple[str, ...]:
     """Names of registered kernels."""
     known = registry.discover()
-    return _list("--kernels", text, ", ".join(sorted(known)), lambda name: known[name].name)
+    return listed("--kernels", text, ", ".join(sorted(known)), lambda name: known[name].name)
 
 
 def dtypes(text: str) -> tuple[torch.dtype, ...]:
     """Names of x's dtypes."""
-    return _list("--dtype", text, " | ".join(SCALE_DTYPES), SCALE_DTYPES.__getitem__)
+    return listed("--dtype", text, " | ".join(SCALE_DTYPES), SCALE_DTYPES.__getitem__)
 
 
 def device(text: str) -> torch.device:
@@ -149,7 +149,7 @@ def default_device() -> torch.device:
 def repeats(text: str) -> int:
     """How many samples of each candidate."""
     try:
-        return _positive(text)
+        return positive(text)
     except ValueError as error:
         raise ArgumentError("--repeats", text, "an int of at least 1") from error
 
@@ -195,7 +195,7 @@ class _Weight:
                 copies = [held.weight, *(other.copy(held.weight) for _ in range(count - 1))]
                 self.others.append((other, held, copies))
             except Exception as error:  # noqa: BLE001  foreign code may raise anything; the rest is still measured
-                self.others.append((other, _first_line(error), []))
+                self.others.append((other, first_line(error), []))
 
 
 class _Session:
@@ -304,8 +304,8 @@ class _Session:
             return Candidate("light", "light", "", size, runs, check=lambda: ("unchecked", None, how))
         except Exception as error:  # noqa: BLE001  without a compiler there is no light; everything else is measured
             if not self.document["light"].startswith("none: "):
-                self.document["light"] = f"none: {_first_line(error)}"
-                print(f"no light: {_first_line(error)}")
+                self.document["light"] = f"none: {first_line(error)}"
+                print(f"no light: {first_line(error)}")
             return None
 
     def timed(self, problem: Problem, candidates: list[Candidate]) -> list[Row]:
@@ -319,7 +319,7 @@ class _Session:
                 try:
                     samplers[i] = self.timer.sampler(candidate.runs)
                 except Exception as error:  # noqa: BLE001  one that cannot be captured must not cost the others
-                    outcomes[i] = ("FAILED", outcomes[i][1], _first_line(error))
+                    outcomes[i] = ("FAILED", outcomes[i][1], first_line(error))
         found = timing.interleaved([*samplers.values()], self.options.repeats)
         samples = dict(zip(samplers, found, strict=True))
         for i in samplers:
@@ -357,7 +357,7 @@ def _attempt(check: Callable[[], Outcome]) -> Outcome:
     try:
         return check()
     except Exception as error:  # noqa: BLE001  one broken candidate must not cost the measurements of the others
-        return "FAILED", None, _first_line(error)
+        return "FAILED", None, first_line(error)
 
 
 def _row(
@@ -394,5 +394,6 @@ def _row(
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception | Warning | str) -> str:
+    """Its kind and the first line of what it says."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import enum
+import importlib
+import itertools
 import os
 import shlex
 import sys
@@ -66,10 +68,27 @@ def _kernels(given: argparse.Namespace) -> int:
 
 def _bench(given: argparse.Namespace) -> int:
     from . import bench
+    from .errors import ArgumentError
 
-    chosen = {name: value for name, value in vars(given).items() if name in BENCH and value is not None}
+    mode = next((name for name in ("model", "transformers") if getattr(given, name) is not None), "matmuls")
+    if given.model is not None and given.transformers is not None:
+        raise ArgumentError("--transformers", given.transformers, "one of --model and --transformers")
+    known = {name for _, name, *_ in BENCH[mode]}
+    for option, name, *_ in itertools.chain.from_iterable(BENCH.values()):
+        if name not in known and getattr(given, name) is not None:
+            modes = " | ".join(mode for mode, options in BENCH.items() if name in (other for _, other, *_ in options))
+            raise ArgumentError(option, getattr(given, name), f"nothing in a bench of {mode}; it is for {modes}")
+    chosen = {name: value for name, value in vars(given).items() if name in known and value is not None}
     chosen.setdefault("device", bench.default_device())
-    return bench.bench(bench.Options(**chosen), ("lq", *given.argv))
+    command = ("lq", *given.argv)
+    if mode == "matmuls":
+        return bench.bench(bench.Options(**chosen), command)
+    from . import generate_bench, model_bench
+
+    if mode == "model":
+        return model_bench.bench_model(model_bench.Options(model=given.model, **chosen), command)
+    whole = {"context": generate_bench.CONTEXT, **chosen}
+    return generate_bench.bench_generate(model_bench.Options(model=given.transformers, **whole), command)
 
 
 def _calibrate(given: argparse.Namespace) -> int:
@@ -78,35 +97,67 @@ def _calibrate(given: argparse.Namespace) -> int:
     return calibrate.calibrate(given.device or bench.default_device())
 
 
-BENCH = (
-    "shapes",
-    "ms",
-    "formats",
-    "kernels",
-    "dtypes",
-    "device",
-    "bias",
-    "neighbours",
-    "json",
-    "repeats",
-    "regret",
-    "time_limit",
-)
-
-
-def _read(name: str) -> Callable[[str], Any]:
+def _read(name: str, room: str = "bench") -> Callable[[str], Any]:
     """The reader of an option of `lq bench`; torch is imported only where one is given."""
 
     def read(text: str) -> Any:
-        from . import bench
         from .errors import ArgumentError
 
         try:
-            return getattr(bench, name)(text)
+            return getattr(importlib.import_module(f".{room}", __package__), name)(text)
         except ArgumentError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return read
+
+
+def _writable(name: str) -> Path:
+    path = Path(name)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{name} cannot be written")
+    return path
+
+
+# Option, name, what reads it (None: yes or no), metavar, help.
+Option = tuple[str, str, Callable[[str], Any] | None, str, str]
+SHARED_OPTIONS: tuple[Option, ...] = (
+    ("--device", "device", _read("device"), "DEVICE", "cpu | cuda | cuda:N (a GPU where there is one)"),
+    ("--repeats", "repeats", _read("repeats"), "N", "samples of each candidate (15; of whole models 5)"),
+    ("--time-limit", "time_limit", _read("time_limit"), "SECONDS", "begin nothing further after this time"),
+    ("--json", "json", _writable, "FILE", "also write everything to FILE"),
+)
+KERNEL_OPTIONS: tuple[Option, ...] = (
+    ("--shapes", "shapes", _read("shapes"), "NxK,...", "sizes of the weight, or standard | llama3-8b"),
+    ("--m", "ms", _read("ms"), "M,...", "rows of x (1,2,4,8)"),
+    ("--formats", "formats", _read("formats"), "SPEC,...", "form:bits:group:zero[:scale_dtype]"),
+    ("--kernels", "kernels", _read("kernels"), "NAME,...", "only these of `lq kernels`"),
+    ("--dtype", "dtypes", _read("dtypes"), "NAME,...", "float16 | bfloat16, and float32 on a CPU"),
+    ("--bias", "bias", None, "", "add a bias (no)"),
+    ("--neighbours", "neighbours", None, "", "time other libraries too (yes)"),
+    ("--regret", "regret", None, "", "what the cost model's choices cost (no)"),
+)
+MODEL_OPTIONS: tuple[Option, ...] = (
+    ("--bits", "bits", _read("bits", "model_options"), "N", "of a weight (4)"),
+    ("--group", "group", _read("group", "model_options"), "N", "inputs that share a scale (128)"),
+    ("--method", "method", _read("method", "model_options"), "NAME", "rtn | nf4 | bcq (rtn)"),
+    ("--batch", "batches", _read("batches", "model_options"), "B,...", "sequences that are decoded together (1)"),
+    ("--layers", "layers", _read("layers", "model_options"), "N", "a shorter model"),
+    ("--context", "context", _read("context", "model_options"), "N", "tokens in the cache (512; of transformers 80)"),
+)
+STEP_OPTIONS: tuple[Option, ...] = (
+    ("--prefill", "prefill", _read("prefill", "model_options"), "N", "also read a prompt of N tokens"),
+    ("--compare", "compare", _read("compare", "model_options"), "WAY,...", "inductor,dense,int4pack (all)"),
+    ("--extrapolate", "extrapolate", None, "", "from --layers and from one to all layers, marked as such (no)"),
+    ("--steps", "steps", _read("steps", "model_options"), "N", "also N steps by lq, for what they leave behind"),
+    ("--trace", "trace", _writable, "FILE", "also a Chrome trace of one step by lq, and what its time goes to"),
+    ("--svg", "svg", _writable, "FILE", "also a picture of tokens a second against batch"),
+)
+# What each of the three benches can be asked for.
+BENCH = {
+    "matmuls": (*SHARED_OPTIONS, *KERNEL_OPTIONS),
+    "model": (*SHARED_OPTIONS, *MODEL_OPTIONS, *STEP_OPTIONS),
+    "transformers": (*SHARED_OPTIONS, *MODEL_OPTIONS),
+}
 
 
 def _cache(given: argparse.Namespace) -> int:
@@ -158,32 +209,24 @@ def _percent(text: str) -> float:
 
 
 def _bench_parser(commands: Any) -> None:
-    about = "check every kernel against float64 and time it beside the vendor's matmul"
+    about = "check every kernel, or whole models, and time them beside the vendor's matmul and other ways"
     bench = _command(commands, "bench", about, "lq bench --shapes 4096x4096 --m 1,8 --json out.json", _bench)
-    for option, name, metavar, about in (
-        ("--shapes", "shapes", "NxK,...", "sizes of the weight, or standard | llama3-8b"),
-        ("--m", "ms", "M,...", "rows of x (1,2,4,8)"),
-        ("--formats", "formats", "SPEC,...", "form:bits:group:zero[:scale_dtype]"),
-        ("--kernels", "kernels", "NAME,...", "only these of `lq kernels`"),
-        ("--dtype", "dtypes", "NAME,...", "float16 | bfloat16, and float32 on a CPU"),
-        ("--device", "device", "DEVICE", "cpu | cuda | cuda:N (a GPU where there is one)"),
-        ("--repeats", "repeats", "N", "samples of each candidate (15)"),
-        ("--time-limit", "time_limit", "SECONDS", "begin no further problem after this time"),
+    model = "a whole model of random weights, such as llama3-8b, in place of single matmuls"
+    bench.add_argument("--model", type=_read("model", "model_options"), metavar="NAME", help=model)
+    theirs = "a model of transformers, by one of these names or by its config.json, through its generate"
+    bench.add_argument("--transformers", metavar="NAME | FILE", help=theirs)
+    for title, options in (
+        ("for both", SHARED_OPTIONS),
+        ("for single matmuls", KERNEL_OPTIONS),
+        ("with --model or --transformers", MODEL_OPTIONS),
+        ("with --model", STEP_OPTIONS),
     ):
-        bench.add_argument(option, dest=name, type=_read(name), metavar=metavar, help=about)
-    bench.add_argument("--bias", action=argparse.BooleanOptionalAction, help="add a bias (no)")
-    bench.add_argument("--neighbours", action=argparse.BooleanOptionalAction, help="time other libraries too (yes)")
-    bench.add_argument(
-        "--regret", action=argparse.BooleanOptionalAction, help="what the cost model's choices cost (no)"
-    )
-    bench.add_argument("--json", type=_writable, metavar="FILE", help="also write everything to FILE")
-
-
-def _writable(name: str) -> Path:
-    path = Path(name)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{name} cannot be written")
-    return path
+        these = bench.add_argument_group(title)
+        for option, name, read, metavar, about in options:
+            if read is None:
+                these.add_argument(option, dest=name, action=argparse.BooleanOptionalAction, help=about)
+            else:
+                these.add_argument(option, dest=name, type=read, metavar=metavar, help=about)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -88,6 +88,18 @@ def _affine(
     return dense
 
 
+def tinygemm(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes - 8) * scale + zero as torch's own int4 matmul wants it: the packed codes, and scales with zeros.
+
+    codes uint8 [n, k], of 4 bits; scale and zero [n, k/group]. Raises what torch raises for sizes that it is not for.
+    """
+    if codes.device.type == "cuda":
+        packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    else:
+        packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 8)
+    return packed, torch.stack((scale, zero), -1).transpose(0, 1).contiguous()
+
+
 class Tinygemm(Neighbour):
     """torch's own int4 matmul, `torch._weight_int4pack_mm`: w = (code - 8) * scale + zero."""
 
@@ -112,11 +124,7 @@ class Tinygemm(Neighbour):
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
         scale = (torch.rand((n, k // group), device=device) / 16 + 1 / 32).to(problem.x_dtype)
         zero = torch.randn((n, k // group), device=device).div_(16).to(problem.x_dtype)
-        if device.type == "cuda":
-            packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
-        else:
-            packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 8)
-        both = torch.stack((scale, zero), -1).transpose(0, 1).contiguous()
+        packed, both = tinygemm(codes, scale, zero)
         return Held((packed, both, group), (packed, both), _affine(codes, scale, 8, zero))
 
     def run(self, weight: Any, x: torch.Tensor) -> torch.Tensor:

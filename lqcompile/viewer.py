@@ -54,7 +54,7 @@ def page(document: Mapping[str, Any]) -> str:
         for s in document["structures"]
     ]
     text = (
-        _templates()
+        templates()
         .get_template("page.html")
         .render(
             report=document,
@@ -77,7 +77,8 @@ def _asset(name: str) -> str:
 
 
 @functools.cache
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
+    """The files of lqcompile/page as templates; what is put into them is escaped."""
     loader = jinja2.FunctionLoader(_asset)
     return jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
