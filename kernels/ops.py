@@ -234,6 +234,8 @@ def register_lowerings() -> None:
             if V.graph.cpp_wrapper:
                 plain = fallback_handler(op, add_to_fallback_set=False)
                 return plain(x, parts, bias, other, n, k, format, epilogue, route)
+            # Once, not for each op that reads it.
+            x.realize()
             x = ir.ExternKernel.require_contiguous(x)
             tensors = [x, *map(ir.ExternKernel.realize_input, parts)]
             tensors += [ir.ExternKernel.require_contiguous(t) for t in (bias, other) if t is not None]

@@ -346,3 +346,22 @@ def test_inductor_calls_the_launcher_directly():
 def test_a_registered_name_cannot_be_taken_twice():
     with pytest.raises(ArgumentError, match="dense"):
         registry.register(registry.discover()["dense"])
+
+
+def test_an_x_of_two_ops_is_computed_once():
+    from torch._inductor.utils import run_and_get_code
+
+    ops.register_lowerings()
+    (v, some), (w, others) = simple(n=6), simple(n=10)
+
+    @torch.compile(fullgraph=True)
+    def f(x: torch.Tensor, more: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x + more
+        y = x * x.square().mean(-1, keepdim=True).rsqrt() * weight
+        first = op_of("quick")(y, some, None, *arguments(v, "quick", "dense"))
+        return x, first, op_of("quick")(y, others, None, *arguments(w, "quick", "dense"))
+
+    with torch.no_grad():
+        _, codes = run_and_get_code(f, torch.randn(5, 24), torch.randn(5, 24), torch.randn(24))
+    # The sum and its norm.
+    assert sum(code.count("= empty_strided_cpu((5, 24)") for code in codes) == 2, codes
