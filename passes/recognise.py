@@ -19,7 +19,7 @@ from ..kernels.registry import X_DTYPES
 from ..types import NearMiss, Where
 from .canonicalize import Contraction, Roles, contraction, qualified_name, roles
 from .constants import Constants, Slice, Trail, fake_value, run, target_name
-from .evaluate import FP8, evaluate, identity
+from .evaluate import FP8, evaluate, identity, undisturbed
 from .prove import Reader, Recovered
 
 LOW_BIT = (
@@ -212,7 +212,8 @@ class Recogniser:
             def recover(sources: Sequence[Tensor]) -> Recovered:
                 probe = identity(width, x_dtype, sources[0].device) if through else None
                 trail.lost = trail.form = trail.fused = ""
-                return reader.read(evaluate(compute, sources, probe, trail), sources, key, misses, recover)
+                with undisturbed():
+                    return reader.read(evaluate(compute, sources, probe, trail), sources, key, misses, recover)
 
             try:
                 seen = recover([self.constants.values[n] for n in nodes])
