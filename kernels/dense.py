@@ -10,6 +10,7 @@ import torch
 from ..device import Device
 from ..formats import UNIT_ROUNDOFF, code_range
 from ..types import Problem, Rounding
+from . import epilogues
 from .layout import LAYOUTS
 from .registry import Call, Kernel, discover, register
 
@@ -60,14 +61,18 @@ def _levels(alpha: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
 
 
 def run(
-    x: torch.Tensor, parts: Sequence[torch.Tensor], bias: torch.Tensor | None, call: Call, out: torch.Tensor
-) -> None:
-    """y[m, n] = x[m, k] @ w[n, k].T + bias[n] into `out`, by way of the dense weight."""
+    x: torch.Tensor, parts: Sequence[torch.Tensor], bias: torch.Tensor | None, call: Call, out: torch.Tensor,
+    other: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """y[m, n] = x[m, k] @ w[n, k].T + bias[n] and the call's epilogue into `out`, by way of the dense weight."""
     w = dequantize(parts, call, x.dtype).t()
+    y = x.new_empty(x.shape[0], call.n) if call.epilogue else out
     if bias is None:
-        torch.mm(x, w, out=out)
+        torch.mm(x, w, out=y)
     else:
-        torch.addmm(bias, x, w, out=out)
+        torch.addmm(bias, x, w, out=y)
+    if call.epilogue:
+        out.copy_(epilogues.finish(y, other, call.epilogue))
 
 
 def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:

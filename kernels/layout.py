@@ -211,11 +211,16 @@ class Layout:
         device = device or w.codes.device.type
         order = self.order(device)
         low, widths = code_range(w.format)[0], self.widths(w.format, device)
+        shapes, at = self.shapes(w.format, w.n, w.k, device), 0
+        count = len(order.plane_names(widths))
+        parts = [torch.empty(shape, dtype=dtype, device=w.codes.device) for shape, dtype in shapes[:count]]
         # By whole tiles, so that what is needed meanwhile stays below a dense copy of a large weight.
-        some = w.codes.split(max(PIECE // max(w.k, 1) // 32, 1) * 32)
-        pieces = [order.pack((codes.to(torch.int16) - low).to(torch.uint8), widths) for codes in some]
-        parts = [torch.cat(planes) for planes in zip(*pieces, strict=True)]
-        dtypes = [dtype for _, dtype in self.shapes(w.format, w.n, w.k, device)[len(parts) :]]
+        for codes in w.codes.split(max(PIECE // max(w.k, 1) // 32, 1) * 32):
+            planes = order.pack((codes.to(torch.int16) - low).to(torch.uint8), widths)
+            for part, plane in zip(parts, planes, strict=True):
+                part[at : at + len(plane)] = plane
+            at += len(planes[0])
+        dtypes = [dtype for _, dtype in shapes[count:]]
         for dtype, name in zip(dtypes, parts_of(w.format), strict=True):
             parts.append(order.pack_grouped(getattr(w, name).to(dtype), w.format.group).contiguous())
         if w.table is not None:

@@ -21,6 +21,7 @@ constexpr int Q = LQ_BITS;        // planes; for a table the codes are nibbles w
 constexpr int ZERO = LQ_ZERO;     // 0 none, 1 int16, 2 float32; binary: 2 for an offset of the scale's type
 constexpr int SCALE = LQ_SCALE;   // HALF, BFLOAT16 or FLOAT
 constexpr int XTYPE = LQ_X;       // HALF or BFLOAT16
+constexpr int EPILOGUE = LQ_EPILOGUE;
 constexpr int ROWS = LQ_ROWS;     // rows of x: 1 for BITS, 2 or 4 for BYTES, 2, 4 or 8 for HALVES
 constexpr int SUB = LQ_SUB;       // groups in a block of 128 inputs; 0 where a group spans blocks
 constexpr int WARPS = LQ_WARPS, STAGES = LQ_STAGES;
@@ -99,7 +100,7 @@ __device__ __forceinline__ float set_up(unsigned char* extra, const float* table
 #include "stream.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table, const u16* __restrict__ bias,
+lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table, const u16* __restrict__ bias, const u16* __restrict__ other,
          u16* __restrict__ y, int m, int n, int k, int tiles, int range, int groups, u32 span, int wide) {
-    stream_gemm(x, planes, coef, zero, table, bias, y, m, n, k, tiles, range, groups, span, wide);
+    stream_gemm(x, planes, coef, zero, table, bias, other, y, m, n, k, tiles, range, groups, span, wide);
 }

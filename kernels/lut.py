@@ -76,13 +76,16 @@ def _multiplies_bits(device_index: int) -> bool:
     return torch.cuda.get_device_properties(device_index).major < 10
 
 
-def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
+def _run(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor,
+    other: Tensor | None = None,
+) -> None:  # fmt: skip
     form = call.format.form
     if form == "table" and parts[-1].ndim > 1:
         # A look-up needs the whole table in shared memory, for every lane.
-        return dense.run(x, parts, bias, call, out)
+        return dense.run(x, parts, bias, call, out, other)
     sizes = SIZES if _multiplies_bits(x.device.index) else WITHOUT_BITS
-    stream.run(Shape, sizes[form], ROWS[form][0], x, parts, bias, call, out)
+    stream.run(Shape, sizes[form], ROWS[form][0], x, parts, bias, call, out, other)
 
 
 def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
@@ -118,6 +121,7 @@ register(
         accepts=_accepts,
         rounding=_rounding,
         seconds=_seconds,
+        epilogues=("silu_mul", "add"),
     )
 )
 

@@ -87,7 +87,8 @@ lut_dense(Bytes planes, const void* scale, const void* zero, const float* table,
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const int input = block * 128 + j * 32 + t * 8;
-            const u16* v = &rows[warp][g * PITCH + j * 32 + t * 8];
+            u32 v[4];
+            load16(v, shared_address(&rows[warp][g * PITCH + j * 32 + t * 8]));
             if (from < n) store_eight(out + (u64)from * k, v, input, k);
         }
         __syncwarp();

@@ -2,6 +2,7 @@
 
     y[..., n] = x[..., k] @ w[n, k].T + bias[n]        x float16 | bfloat16 | float32, y of x's dtype
 
+`epilogue` is "", "silu_mul", which leaves n/2 columns, or "add", which adds `other` [..., n] (see epilogues.py).
 `parts` hold w as the op's layout stores `format`; `route` names the kernel for each range of m, the product of x's
 leading sizes: "lut@8,dense" is `lut` up to m = 8 and `dense` above. The overload name is the version of the ops'
 meaning: Inductor's caches know an op by its name alone, so a change of meaning needs a new one.
@@ -19,14 +20,17 @@ from torch.library import Library
 
 from ..errors import ArgumentError
 from ..types import Format
-from . import registry
+from . import epilogues, registry
 from .dense import dequantize as _dequantize
 from .layout import LAYOUTS, check_parts
 from .registry import X_DTYPES, Call
 
-VERSION = "v1"
+VERSION = "v2"
 LIBRARY = Library("lq", "DEF")
-_GEMM = "(Tensor x, Tensor[] parts, Tensor? bias, int n, int k, str format, str route) -> Tensor"
+_GEMM = (
+    "(Tensor x, Tensor[] parts, Tensor? bias, Tensor? other, int n, int k, str format, str epilogue, str route)"
+    " -> Tensor"
+)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -44,8 +48,13 @@ def parse_route(route: str) -> tuple[tuple[int | None, registry.Kernel], ...]:
     return tuple(pieces)
 
 
-def _check(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call) -> None:
-    """The one validator: raises ArgumentError unless every shape, dtype, stride and device is as declared."""
+def _check(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, other: Tensor | None, call: Call
+) -> tuple[int | torch.SymInt, ...]:
+    """The one validator: raises ArgumentError unless every shape, dtype, stride and device is as declared.
+
+    Returns the shape of y.
+    """
     check_parts(LAYOUTS[call.layout], parts, call.format, call.n, call.k)
     if x.dtype not in X_DTYPES:
         raise ArgumentError("x.dtype", x.dtype, " | ".join(map(str, X_DTYPES)))
@@ -59,24 +68,57 @@ def _check(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call) 
             f"{bias.dtype} {tuple(bias.shape)} on {bias.device}",
             f"{x.dtype} [{call.n}] on {x.device}",
         )
+    if call.epilogue not in epilogues.EPILOGUES:
+        raise ArgumentError("epilogue", call.epilogue, " | ".join(map(repr, epilogues.EPILOGUES)))
+    if call.epilogue == "silu_mul" and call.n % (2 * epilogues.TURN):
+        raise ArgumentError("n", call.n, f"a multiple of {2 * epilogues.TURN} for epilogue 'silu_mul'")
+    shape = (*x.shape[:-1], epilogues.outputs(call.epilogue, call.n))
+    if (other is None) != (call.epilogue != "add"):
+        raise ArgumentError("other", other, f"{'a tensor' if other is None else 'None'} for epilogue {call.epilogue!r}")
+    if other is not None and (other.shape != shape or other.dtype != x.dtype or other.device != x.device):
+        raise ArgumentError(
+            "other", f"{other.dtype} {tuple(other.shape)} on {other.device}", f"{x.dtype} {shape} on {x.device}"
+        )
+    return shape
 
 
-def _launch(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, route: str, out: Tensor) -> None:
-    _check(x, parts, bias, call)
-    if out.numel() == 0:
-        return
+def _launch(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, other: Tensor | None, call: Call, route: str,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Runs a call into `out`, or a new tensor, and returns it."""
+    shape = _check(x, parts, bias, other, call)
+    y = x.new_empty(shape) if out is None else out
+    if y.numel():
+        if x.ndim != 2:
+            rows = y.numel() // y.shape[-1]
+            x, other = x.reshape(rows, call.k), None if other is None else other.reshape(rows, -1)
+        _run(x, parts, bias, other, call, route, y if y.ndim == 2 else y.view(x.shape[0], -1))
+    return y
+
+
+def _run(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, other: Tensor | None, call: Call, route: str, out: Tensor
+) -> None:
+    other = None if other is None else other.contiguous()
     if call.k == 0:
-        out.zero_() if bias is None else out.copy_(bias)
+        y = x.new_zeros(x.shape[0], call.n) if bias is None else bias.expand(x.shape[0], -1)
+        out.copy_(epilogues.finish(y.contiguous(), other, call.epilogue) if call.epilogue else y)
         return
-    if x.ndim != 2:
-        x, out = x.reshape(-1, call.k), out.view(-1, call.n)
     x = x.contiguous()
     for limit, kernel in parse_route(route):
         if limit is None or x.shape[0] <= limit:
             refusal = _refusal(kernel, call, x.dtype, x.device.type)
             if refusal is not None:
                 raise ArgumentError("route", route, f"for {call} on {x.device}, kernel {kernel.name}: {refusal}")
-            return kernel.run(x, parts, bias, call, out)
+            if call.epilogue in kernel.epilogues:
+                return kernel.run(x, parts, bias, call, out, other)
+            if not call.epilogue:
+                return kernel.run(x, parts, bias, call, out)
+            y = x.new_empty(x.shape[0], call.n)
+            kernel.run(x, parts, bias, _call(call.layout, call.format.spec, call.n, call.k, ""), y)
+            out.copy_(epilogues.finish(y, other, call.epilogue))
+            return
 
 
 @functools.lru_cache(maxsize=4096)
@@ -87,15 +129,16 @@ def _refusal(kernel: registry.Kernel, call: Call, x_dtype: torch.dtype, device: 
 
 
 @functools.lru_cache(maxsize=4096)
-def _call(layout: str, format: str, n: int, k: int) -> Call:
-    return Call(layout, Format.parse(format), n, k)
+def _call(layout: str, format: str, n: int, k: int, epilogue: str) -> Call:
+    return Call(layout, Format.parse(format), n, k, epilogue)
 
 
 def _extern(*args: Any, out: Tensor) -> None:
-    """What Inductor's generated code calls: x, parts, [bias], then the constants. No dispatcher, no allocation."""
-    *tensors, layout, n, k, format, route, has_bias = args
+    """What Inductor's code calls: x, parts, [bias], [other], then the constants. No dispatcher, no allocation."""
+    *tensors, layout, n, k, format, epilogue, route, has_bias = args
+    other = tensors.pop() if epilogue == "add" else None
     bias = tensors.pop() if has_bias else None
-    _launch(tensors[0], tensors[1:], bias, _call(layout, format, n, k), route, out)
+    _launch(tensors[0], tensors[1:], bias, other, _call(layout, format, n, k, epilogue), route, out)
 
 
 def _define(layout: str) -> Any:
@@ -103,32 +146,40 @@ def _define(layout: str) -> Any:
     LIBRARY.define(f"{name}.{VERSION}{_GEMM}")
     op = getattr(getattr(torch.ops.lq, name), VERSION)
 
-    def run(x: Tensor, parts: list[Tensor], bias: Tensor | None, n: int, k: int, format: str, route: str) -> Tensor:
-        call = _call(layout, format, n, k)
-        out = x.new_empty((*x.shape[:-1], n))
-        _launch(x, parts, bias, call, route, out)
-        return out
+    def run(
+        x: Tensor, parts: list[Tensor], bias: Tensor | None, other: Tensor | None, n: int, k: int, format: str,
+        epilogue: str, route: str,
+    ) -> Tensor:  # fmt: skip
+        return _launch(x, parts, bias, other, _call(layout, format, n, k, epilogue), route)
 
-    def fake(x: Tensor, parts: list[Tensor], bias: Tensor | None, n: int, k: int, format: str, route: str) -> Tensor:
-        _check(x, parts, bias, _call(layout, format, n, k))
+    def fake(
+        x: Tensor, parts: list[Tensor], bias: Tensor | None, other: Tensor | None, n: int, k: int, format: str,
+        epilogue: str, route: str,
+    ) -> Tensor:  # fmt: skip
         parse_route(route)
-        return x.new_empty((*x.shape[:-1], n))
+        return x.new_empty(_check(x, parts, bias, other, _call(layout, format, n, k, epilogue)))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, parts, _, ctx.n, ctx.k, ctx.format, _ = inputs
-        ctx.dtype = x.dtype
-        # The packed parts, never the dense weight: it is dequantized again in backward.
-        ctx.save_for_backward(*parts)
+        x, parts, bias, _, *ctx.how = inputs
+        ctx.dtype, ctx.biased, silu = x.dtype, bias is not None, ctx.how[3] == "silu_mul"
+        # The packed parts, never the dense weight: it is dequantized again in backward, as gate and up are computed.
+        ctx.save_for_backward(*parts, *([x] if silu else []), *([bias] if silu and bias is not None else []))
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        n, k, format, epilogue, route = ctx.how
+        parts, given = list(ctx.saved_tensors), []
+        grad_other = grad if epilogue == "add" and ctx.needs_input_grad[3] else None
+        if epilogue == "silu_mul":
+            parts, given = parts[: -1 - ctx.biased], parts[-1 - ctx.biased :]
+            y = op(given[0], parts, given[1] if ctx.biased else None, None, n, k, format, "", route)
+            grad = epilogues.gradient(grad.reshape(-1, n // 2), y.reshape(-1, n)).view(y.shape)
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            parts = list(ctx.saved_tensors)
             dequantize = getattr(torch.ops.lq.dequantize, VERSION)
-            grad_x = grad @ dequantize(parts, layout, ctx.n, ctx.k, ctx.format, ctx.dtype)
+            grad_x = grad @ dequantize(parts, layout, n, k, format, ctx.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, ctx.n).sum(0)
-        return grad_x, [None] * len(ctx.saved_tensors), grad_bias, None, None, None, None
+            grad_bias = grad.reshape(-1, n).sum(0)
+        return grad_x, [None] * len(parts), grad_bias, grad_other, None, None, None, None, None
 
     LIBRARY.impl(f"{name}.{VERSION}", run, "CompositeExplicitAutograd")
     torch.library.register_fake(op, fake, lib=LIBRARY)
@@ -145,7 +196,7 @@ def _define_dequantize() -> Any:
     def checked(parts: list[Tensor], layout: str, n: int, k: int, format: str) -> Call:
         if layout not in LAYOUTS:
             raise ArgumentError("layout", layout, " | ".join(LAYOUTS))
-        call = _call(layout, format, n, k)
+        call = _call(layout, format, n, k, "")
         check_parts(LAYOUTS[layout], parts, call.format, n, k)
         return call
 
@@ -177,20 +228,22 @@ def register_lowerings() -> None:
     ExternKernelChoice(_extern, name=name)
 
     def lower(layout: str, op: Any) -> Callable[..., Any]:
-        def lowering(x: Any, parts: list[Any], bias: Any, n: int, k: int, format: str, route: str) -> Any:
+        def lowering(
+            x: Any, parts: list[Any], bias: Any, other: Any, n: int, k: int, format: str, epilogue: str, route: str
+        ) -> Any:
             if V.graph.cpp_wrapper:
-                return fallback_handler(op, add_to_fallback_set=False)(x, parts, bias, n, k, format, route)
+                plain = fallback_handler(op, add_to_fallback_set=False)
+                return plain(x, parts, bias, other, n, k, format, epilogue, route)
             x = ir.ExternKernel.require_contiguous(x)
             tensors = [x, *map(ir.ExternKernel.realize_input, parts)]
-            if bias is not None:
-                tensors.append(ir.ExternKernel.require_contiguous(bias))
-            size = [*x.get_size()[:-1], n]
+            tensors += [ir.ExternKernel.require_contiguous(t) for t in (bias, other) if t is not None]
+            size = [*x.get_size()[:-1], epilogues.outputs(epilogue, n)]
             strides = ir.FlexibleLayout.contiguous_strides(size)
             return ir.TensorBox.create(
                 ir.ExternKernelOut(
                     layout=ir.FixedLayout(x.get_device(), x.get_dtype(), size, strides),
                     inputs=tensors,
-                    constant_args=(layout, n, k, format, route, bias is not None),
+                    constant_args=(layout, n, k, format, epilogue, route, bias is not None),
                     python_kernel_name=f"extern_kernels.{name}",
                 )
             )

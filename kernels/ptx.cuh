@@ -8,6 +8,8 @@ typedef const unsigned char* Bytes;
 constexpr int AFFINE = 0, BINARY = 1, TABLE = 2;
 // Types of numbers that are read as bits.
 constexpr int HALF = 0, BFLOAT16 = 1, FLOAT = 2, INT16 = 3;
+// What is done to a product, as kernels/epilogues.py numbers it.
+constexpr int SILU_MUL = 1, ADD = 2;
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
@@ -36,6 +38,8 @@ template <int TYPE> __device__ __forceinline__ u16 rounded(float f) {
     else asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
     return bits;
 }
+
+__device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.f + expf(-v)); }
 
 // The bits of `a` where `mask` is set, else those of `b`.
 __device__ __forceinline__ u32 select(u32 mask, u32 a, u32 b) {
@@ -77,11 +81,11 @@ __device__ __forceinline__ void copy_eight(u32 to, const u16* from, int left, bo
 }
 
 // Stores inputs `at` to `at` + 7, those below `k`, of a row of a matrix whose rows are `k` long.
-__device__ __forceinline__ void store_eight(u16* row, const u16* from, int at, int k) {
-    if (at + 8 <= k && !((u64)(row + at) & 15)) *(uint4*)(row + at) = *(const uint4*)from;
+__device__ __forceinline__ void store_eight(u16* row, const u32 (&v)[4], int at, int k) {
+    if (at + 8 <= k && !((u64)(row + at) & 15)) *(uint4*)(row + at) = make_uint4(v[0], v[1], v[2], v[3]);
     else
         for (int e = 0; e < 8; e++)
-            if (at + e < k) row[at + e] = from[e];
+            if (at + e < k) row[at + e] = v[e / 2] >> e % 2 * 16;
 }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -141,6 +145,9 @@ __device__ __forceinline__ void load_matrices(u32 (&out)[4], u32 at) {
 __device__ __forceinline__ void store_matrices(u32 at, const u32 (&v)[2]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(v[0]), "r"(v[1]) : "memory");
 }
+__device__ __forceinline__ void store_matrices(u32 at, const u32 (&v)[1]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(at), "r"(v[0]) : "memory");
+}
 
 // Waits for as many threads of the block as are told to meet at barrier `id`; 0 is __syncthreads'.
 __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -151,6 +158,20 @@ template <int TYPE> __device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c)
     if constexpr (TYPE == HALF) asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
+}
+
+// Adds to eight numbers those at `at` to `at` + 7, as far as below `k`, of a row of a matrix.
+template <int TYPE> __device__ __forceinline__ void add_eight(u32 (&to)[4], const u16* row, int at, int k) {
+    union {
+        uint4 all;
+        u32 pairs[4];
+        u16 each[8];
+    } more = {};
+    if (at + 8 <= k && !((u64)(row + at) & 15)) more.all = *(const uint4*)(row + at);
+    else
+        for (int e = 0; e < 8; e++)
+            if (at + e < k) more.each[e] = row[at + e];
+    for (int i = 0; i < 4; i++) to[i] = fma_pair<TYPE>(to[i], TYPE == HALF ? 0x3c003c00 : 0x3f803f80, more.pairs[i]);
 }
 
 template <int TYPE> __device__ __forceinline__ u32 product_pair(u32 a, u32 b) {

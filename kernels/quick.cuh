@@ -3,10 +3,12 @@
 //
 // A pair of codes stands in the two halves of a word, masked in place: bits b to b + width of a half are a number worth
 // code 2^(b-24), subnormal and exact (of a bfloat16 code 2^(b-133)). One fused multiply-add by a power of two brings all
-// codes to the same worth and takes the zero off: exact for every whole zero.
+// codes to the same worth and takes the zero off: exact for every whole zero. What else there is of a zero, half a code at
+// most, comes after.
 
 constexpr int SHIFTS = XTYPE == HALF ? 8 : 12;         // by so much of its place a code is shifted, the rest is in the factor
-constexpr int TOP = Q == 8 ? 0 : Q & 1 ? Q - 1 : Q == 6 ? 4 : 0;  // the lowest bit of the last field
+constexpr bool JOINED = Q == 3;  // both fields of a code are put side by side first, half as many numbers are to be made
+constexpr int TOP = Q == 8 || JOINED ? 0 : Q & 1 ? Q - 1 : Q == 6 ? 4 : 0;  // the lowest bit of the last field
 // A code is worth code 2^UNIT; fused multipliers of at most 2^15 (2^127) allow no more.
 constexpr int UNIT = XTYPE == HALF ? -9 - TOP : -14;
 constexpr bool HAS8 = Q == 8, HAS4 = !HAS8 && (Q & 4), HAS2 = Q & 2, HAS1 = Q & 1;
@@ -26,15 +28,15 @@ template <int WIDTH> __device__ __forceinline__ u32 add_field(u32 sum, u32 word,
     return fma_pair<XTYPE>(word >> (at - b) & mask << b, power_pair(BASE + UNIT - b + low), sum);
 }
 
-// A zero to take off a pair: what is whole of it while codes are whole, in units of 2^UNIT, and then the rest; then
-// the result is worth itself.
+// A zero: what is whole of it, to be taken off a pair, in units of 2^UNIT, and what is then left to add to codes.
 struct Zero {
-    u32 whole, rest;
+    u32 whole;
+    float rest;
 
     __device__ __forceinline__ Zero(float zero) {
         const float nearest = ZERO == 2 ? rintf(zero) : zero, worth = nearest * -(1.f / (float)(1 << -UNIT));
         whole = pair<XTYPE>(worth, worth);
-        rest = ZERO == 2 ? pair<XTYPE>(nearest - zero, nearest - zero) : 0;
+        rest = ZERO == 2 ? nearest - zero : 0.f;
     }
 };
 
@@ -52,9 +54,16 @@ struct Codes {
             for (int w = 0; w < 2; w++) load16(w4[w], stage + (half * 2 + w) * 512 + lane * 16);
         if constexpr (HAS2) load16(w2, stage + AT2 + half * 512 + lane * 16);
         if constexpr (HAS1) load8(w1, stage + AT1 + lane * 16 + half * 8);
+        if constexpr (JOINED)
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int w = i / 4, u = i % 4;
+                const u32 top = u < 2 ? w1[w] << (2 - u) : w1[w] >> (u - 2);
+                w4[w][u] = w2[2 * w + u / 2] >> 2 * (u % 2) & 0x33333333 | top & 0x44444444;
+            }
     }
 
-    // Row 8w + lane / 4 of the sixteen, inputs 32u + 16p + 8q + 2 (lane % 4) and the next, less the zero.
+    // Row 8w + lane / 4 of the sixteen, inputs 32u + 16p + 8q + 2 (lane % 4) and the next, less the whole zero.
     __device__ __forceinline__ u32 operand(int w, int u, int p, int q, const Zero& zero) const {
         u32 v = zero.whole;
         if constexpr (HAS8) {
@@ -63,9 +72,9 @@ struct Codes {
             else v = add_field<4>(add_field<4>(v, word, 8 * q, 0), word, 8 * q + 4, 4);
         }
         const int at = 8 * p + 4 * q;
-        if constexpr (HAS4) v = add_field<4>(v, w4[w][u], at, 0);
-        if constexpr (HAS2) v = add_field<2>(v, w2[2 * w + u / 2], at + 2 * (u % 2), HAS4 ? 4 : 0);
-        if constexpr (HAS1) v = add_field<1>(v, w1[w], at + u, TOP);
-        return ZERO == 2 ? fma_pair<XTYPE>(v, power_pair(-UNIT), zero.rest) : v;
+        if constexpr (HAS4 || JOINED) v = add_field<JOINED ? 3 : 4>(v, w4[w][u], at, 0);
+        if constexpr (HAS2 && !JOINED) v = add_field<2>(v, w2[2 * w + u / 2], at + 2 * (u % 2), HAS4 ? 4 : 0);
+        if constexpr (HAS1 && !JOINED) v = add_field<1>(v, w1[w], at + u, TOP);
+        return v;
     }
 };

@@ -41,16 +41,19 @@ class Shape(stream.Shape):
 
     @property
     def block(self) -> int:
-        return 256
+        return 256 + (4 * max(self.groups, 1) if self.format.zero == "float" else 0)
 
     @property
     def limit(self) -> float:
         return 0.67 if self.rows <= 8 else 0.9
 
 
-def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
-    if x.shape[0] <= FEW or not quick_batch.run(x, parts, bias, call, out):
-        stream.run(Shape, SIZES, ROWS[0], x, parts, bias, call, out)
+def _run(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor,
+    other: Tensor | None = None,
+) -> None:  # fmt: skip
+    if x.shape[0] <= FEW or not quick_batch.run(x, parts, bias, call, out, other):
+        stream.run(Shape, SIZES, ROWS[0], x, parts, bias, call, out, other)
 
 
 def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
@@ -102,6 +105,7 @@ register(
         accepts=_accepts,
         rounding=_rounding,
         seconds=_seconds,
+        epilogues=("silu_mul", "add"),
     )
 )
 

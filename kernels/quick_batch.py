@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..types import SCALE_DTYPES
-from . import build, stream
+from . import build, epilogues, stream
 from .registry import Call
 from .stream import groups_of, stored_groups
 from .tensor_map import tensor_map
 
-SIGNATURE = "TTTTPPiiiiiiii"
+SIGNATURE = "TTTTPPPiiiiiiii"
 # By rows of x in a tile and (warps that multiply, ways): seconds of a launch without blocks, and of a block of 128
 # inputs of one thread block. Least squares over six shapes of int4 g128 on an H200, most within 10 %.
 TILES = {
@@ -112,7 +112,8 @@ def batches(call: Call, x_dtype: torch.dtype, rows: int, shared: int) -> Iterato
     groups, blocks = groups_of(call.format, call.k), -(-call.k // 128)
     assert groups is not None
     for (warps, ways), split in itertools.product(TILES[rows], SPLITS if rows < 256 else (1,)):
-        made = (Batch(call.format, x_dtype, rows, groups, warps, n, ways, split) for n in range(MOST_STAGES, 1, -1))
+        depths, epilogue = range(MOST_STAGES, 1, -1), call.epilogue
+        made = (Batch(call.format, x_dtype, rows, groups, warps, n, ways, split, epilogue=epilogue) for n in depths)
         fits = next((batch for batch in made if batch.shared <= shared and batch.stages >= ways), None)
         # An empty last range would have nothing to add.
         if fits is not None and -(-blocks // split) * (split - 1) < blocks:
@@ -173,19 +174,22 @@ class Launcher:
         processors = torch.cuda.get_device_properties(device_index).multi_processor_count
         self.most = processors if batch.alone else part.count
         self.values = (self.n, call.k, batch.span(call.k), stream.span_of(call))
-        self.pitch, self.maps = call.n, functools.partial(weight_maps, call, max(batch.groups, 1), batch.row_tiles)
+        # Of y: the length of a row, and what of it comes from a tile of 32 rows of w.
+        self.pitch, self.each = (epilogues.outputs(call.epilogue, n) for n in (call.n, 32))
+        self.maps = functools.partial(weight_maps, call, max(batch.groups, 1), batch.row_tiles)
 
-    def __call__(self, x: Tensor, parts: Sequence[int], bias: int, out: int, queue: int) -> None:
+    def __call__(self, x: Tensor, parts: Sequence[int], bias: int, other: int, out: int, queue: int) -> None:
         part, batch = self.part, self.part.batch
         m, k, size = x.shape[0] - part.row, x.shape[1], x.element_size()
         # What lies beyond x costs as much as x, and nobody looks at it.
         rows = min(batch.rows, -(-m // 8) * 8)
         map = tensor_map(x.data_ptr() + part.row * k * size, x.dtype, (m, k), (rows, 64), True)
-        bias, out = bias and bias + 32 * part.tile * size, out + (part.row * self.pitch + 32 * part.tile) * size
+        bias, place = bias and bias + 32 * part.tile * size, (part.row * self.pitch + self.each * part.tile) * size
         count = min(part.count, batch.tiles(self.n, m))
         grid = (batch.split, min(count, self.most), 1)
-        maps = self.maps(part.tile, *parts[:3])
-        values: tuple[int | bytes, ...] = (map, *maps, bias, out, m, *self.values, count, self.pitch, rows * 256)
+        pointers = (bias, other + place, out + place)
+        sizes = (m, *self.values, count, self.pitch, rows * 256)
+        values: tuple[int | bytes, ...] = (map, *self.maps(part.tile, *parts[:3]), *pointers, *sizes)
         self.function.launch(grid, self.threads, self.shared, (batch.split, 1, 1), queue, values, True)
 
 
@@ -217,13 +221,14 @@ def _launchers(call: Call, x_dtype: torch.dtype, m: int, device_index: int) -> t
     return () if found is None else tuple(Launcher(call, part, device_index) for part in found.parts)
 
 
-def run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> bool:
+def run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor, other: Tensor | None) -> bool:
     """Runs a call; False, and nothing done, where this GPU, this k or this place of x is not for quick_sm90.cu."""
     index = x.device.index
     launchers = _launchers(call, x.dtype, whole_tiles(x.shape[0]), index)
     if not launchers or x.data_ptr() & 15:
         return False
     addresses, queue = stream.pointers(parts, call), torch._C._cuda_getCurrentRawStream(index)
+    b, added = (0 if t is None else t.data_ptr() for t in (bias, other))
     for launch in launchers:
-        launch(x, addresses, 0 if bias is None else bias.data_ptr(), out.data_ptr(), queue)
+        launch(x, addresses, b, added, out.data_ptr(), queue)
     return True

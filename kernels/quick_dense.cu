@@ -65,7 +65,8 @@ quick_dense(Bytes planes, const void* scale, const void* zero, const float* tabl
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int r = 2 * i + (lane >> 4), from = tile * 32 + 16 * half + r, input = block * 128 + lane % 16 * 8;
-            const u16* v = &rows[warp][r * PITCH + lane % 16 * 8];
+            u32 v[4];
+            load16(v, shared_address(&rows[warp][r * PITCH + lane % 16 * 8]));
             if (from < n) store_eight(out + (u64)from * k, v, input, k);
         }
         __syncwarp();

@@ -1,6 +1,7 @@
 // QUICK (arXiv 2402.10076) for a few rows: y[m, n] = x[m, k] w[n, k] with w as the first operand of mma.m16n8k16 and
 // eights of rows of x as the columns of the second. Weights go from memory to registers as they are packed, become numbers
-// there (quick.cuh) and nowhere else; x is read as it is. A group's products are added in float32 and then scaled.
+// there (quick.cuh) and nowhere else; x is read as it is. A group's products are added in float32 and then scaled; of a
+// zero that is no whole number the rest is multiplied by the sum of x.
 //
 // How tiles come and sums go is told in stream.cuh. LQ_* are integers from kernels/quick.py.
 
@@ -10,7 +11,7 @@
 
 constexpr int ROWS = LQ_ROWS;  // rows of x: 1, 2, 4, or a multiple of 8
 constexpr int SLABS = Q;       // 512-byte pieces of a 32 x 128 tile
-constexpr int X_BLOCK = ROWS * 256, FACTS = 0, COLUMNS = ROWS, SLOT = 32 * ROWS, EXTRA = 0;
+constexpr int X_BLOCK = ROWS * 256, FACTS = ZERO == 2 ? GROUPS : 0, COLUMNS = ROWS, SLOT = 32 * ROWS, EXTRA = 0;
 constexpr int BATCHES = (ROWS + 7) / 8;  // eights of rows of x
 constexpr int PARTS = 2 * BATCHES;       // and halves of a row tile
 
@@ -25,12 +26,25 @@ __device__ __forceinline__ void fetch_x(u32 to, const u16* x, int m, int k, int 
     }
 }
 
-__device__ __forceinline__ void prepare(unsigned char*, float*, int) {}
-__device__ __forceinline__ float set_up(unsigned char*, const float*) { return ZERO == 2 ? 1.f : (float)(1 << -UNIT); }
+// The sums of each group's inputs, [group][row]: four inputs a lane.
+__device__ __forceinline__ void prepare(unsigned char* x, float* facts, int lane) {
+    if constexpr (FACTS > 0)
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) {
+            u32 v[2];
+            load8(v, shared_address(x) + row * 256 + ((lane / 2 ^ row) & 15) * 16 + lane % 2 * 8);
+            float f = 0.f;
+            for (int i = 0; i < 4; i++) f += to_float<XTYPE>(v[i / 2] >> i % 2 * 16 & 0xffff);
+#pragma unroll
+            for (int step = 1; step < 32 / GROUPS; step *= 2) f += __shfl_xor_sync(~0u, f, step);
+            if (lane % (32 / GROUPS) == 0) facts[lane / (32 / GROUPS) * COLUMNS + row] = f;
+        }
+}
+__device__ __forceinline__ float set_up(unsigned char*, const float*) { return (float)(1 << -UNIT); }
 
 // One 32 x 128 tile; sum[BATCHES half + i][e] belongs to row 16 half + g + 8 (e / 2) of w and row 8i + 2t + e % 2 of x.
 template <int N>
-__device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, const float*, u32, int lane) {
+__device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, const float* facts, u32, int lane) {
     u32 b[BATCHES][4][4];
 #pragma unroll
     for (int i = 0; i < BATCHES; i++) {
@@ -49,6 +63,7 @@ __device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, c
             load_scales(factor, stage + COEF_AT, s, half, lane);
             load_zeros(zero, stage + ZERO_AT, s, half, lane);
             const Zero less[2] = {zero[0], zero[1]};
+            const float unit = 1.f / (float)(1 << -UNIT);
             float total[BATCHES][4] = {};
 #pragma unroll
             for (int u = s * 4 / GROUPS; u < (s + 1) * 4 / GROUPS; u++)
@@ -63,7 +78,11 @@ __device__ __forceinline__ void add_tile(float (&sum)[N][4], u32 stage, u32 x, c
 #pragma unroll
             for (int i = 0; i < BATCHES; i++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) sum[BATCHES * half + i][e] = fmaf(factor[e / 2], total[i][e], sum[BATCHES * half + i][e]);
+                for (int e = 0; e < 4; e++) {
+                    float v = total[i][e];
+                    if constexpr (ZERO == 2) v = fmaf(less[e / 2].rest * unit, facts[s * COLUMNS + min(8 * i + 2 * (lane & 3) + e % 2, ROWS - 1)], v);
+                    sum[BATCHES * half + i][e] = fmaf(factor[e / 2], v, sum[BATCHES * half + i][e]);
+                }
         }
     }
 }
@@ -84,7 +103,7 @@ template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)
 #include "stream.cuh"
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-quick_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table, const u16* __restrict__ bias,
+quick_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table, const u16* __restrict__ bias, const u16* __restrict__ other,
            u16* __restrict__ y, int m, int n, int k, int tiles, int range, int groups, u32 span, int wide) {
-    stream_gemm(x, planes, coef, zero, table, bias, y, m, n, k, tiles, range, groups, span, wide);
+    stream_gemm(x, planes, coef, zero, table, bias, other, y, m, n, k, tiles, range, groups, span, wide);
 }

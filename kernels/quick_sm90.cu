@@ -25,6 +25,7 @@ constexpr int SUMS = COLUMNS / 2;                            // of a thread
 // Partial sums of an element, and how many of the sums a thread finds it adds up; rows of y that wait together to be stored.
 constexpr int PARTS = WAYS * SPLIT, OWN = (SUMS + 4 * PARTS - 1) / (4 * PARTS) * 4, OUT_ROWS = OWN < 16 ? 2 * OWN : 32;
 static_assert(2 * OWN % OUT_ROWS == 0, "a share of whole pieces");
+constexpr int WIDTH = EPILOGUE == SILU_MUL ? 1 : 2;  // columns of y for two rows of w
 // The codes of a stage's row tiles, then their scales, then their zeros.
 constexpr int W_STAGE = ROW_TILES * STAGE, SCALES_AT = ROW_TILES * COEF_AT, ZEROS_AT = ROW_TILES * ZERO_AT;
 constexpr int TILES_AT = STAGES * X_BLOCK, OUT_AT = TILES_AT + STAGES * W_STAGE, BARRIERS_AT = OUT_AT + WARPS / 4 * OUT_ROWS * 128;
@@ -77,17 +78,18 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait(u32& first, u3
 // What wgmma is told of x: rows of 128 bytes, swizzled, eights of rows 1024 bytes apart.
 __device__ __forceinline__ u64 describe(u32 at) { return (u64)((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 
-// Of two rows' groups, what is taken off codes and the scale. Codes less a zero are worth 2^UNIT each (1 where zeros are
-// floats). A bfloat16 has room to leave 2^UNIT for the end; a half has not, and where a scale over 2^UNIT is none, 2^15 of it
-// is left for a second product.
+// Of two rows' groups, what is taken off codes, the scale, and what is left of a zero, scaled. Codes less a zero are worth
+// 2^UNIT each. A bfloat16 has room to leave 2^UNIT for the end; a half has not, and where a scale over 2^UNIT is none, 2^15 of
+// it is left for a second product.
 struct Factors {
     Zero zero[2];
-    u32 scale[2], second[2];
+    u32 scale[2], second[2], rest[2];
     bool large;
 
     __device__ __forceinline__ Factors() : zero{0.f, 0.f} {}
     __device__ __forceinline__ Factors(u32 scales, u32 zeros, int s, int half, int lane) : zero{0.f, 0.f} {
-        constexpr bool WHOLE = XTYPE == HALF && ZERO != 2;
+        constexpr bool WHOLE = XTYPE == HALF;
+        constexpr float UP = (float)(1 << -UNIT);
         float z[2];
         load_zeros(z, zeros, s, half, lane);
         for (int w = 0; w < 2; w++) zero[w] = Zero(z[w]);
@@ -102,23 +104,26 @@ struct Factors {
         } else {
             load_scales(f, scales, s, half, lane);
             for (int w = 0; w < 2; w++) {
-                const float times = WHOLE ? f[w] * (float)(1 << -UNIT) : f[w];
+                const float times = WHOLE ? f[w] * UP : f[w];
                 scale[w] = pair<XTYPE>(times, times);
             }
-            large = WHOLE && fmaxf(fabsf(f[0]), fabsf(f[1])) * (float)(1 << -UNIT) > 65504.f;
+            large = WHOLE && fmaxf(fabsf(f[0]), fabsf(f[1])) * UP > 65504.f;
         }
+        auto leave = [&](int w, float times) { rest[w] = pair<XTYPE>(zero[w].rest * times, zero[w].rest * times); };
+        if constexpr (ZERO == 2)
+            for (int w = 0; w < 2; w++) leave(w, WHOLE ? f[w] : f[w] / UP);
         if (large)
             for (int w = 0; w < 2; w++) {
-                const float times = f[w] * (float)(1 << -UNIT);
-                const bool over = fabsf(times) > 65504.f;
+                const bool over = fabsf(f[w] * UP) > 65504.f;
                 // A number stays one: a weight of zero must stay zero.
-                float rest = over ? times * (1.f / 32768.f) : times;
-                if (fabsf(rest) < as_float(0x7f800000)) rest = fminf(fmaxf(rest, -65504.f), 65504.f);
-                scale[w] = pair<XTYPE>(rest, rest), second[w] = power_pair(over ? 15 : 0);
+                float first = over ? f[w] * UP * (1.f / 32768.f) : f[w] * UP;
+                if (fabsf(first) < as_float(0x7f800000)) first = fminf(fmaxf(first, -65504.f), 65504.f);
+                scale[w] = pair<XTYPE>(first, first), second[w] = power_pair(over ? 15 : 0);
+                if constexpr (ZERO == 2) leave(w, over ? f[w] * (1.f / 32768.f) : f[w]);
             }
     }
 };
-constexpr float FINAL = XTYPE == HALF || ZERO == 2 ? 1.f : (float)(1 << -UNIT);
+constexpr float FINAL = XTYPE == HALF ? 1.f : (float)(1 << -UNIT);
 
 // The first row of x of a tile: the last tile repeats rows of the one before, since what lies beyond x is slow to fetch.
 __device__ __forceinline__ int row_of_x(int tile, int m) { return max(min(tile * COLUMNS, m - COLUMNS), 0); }
@@ -127,8 +132,8 @@ __device__ __forceinline__ int row_of_x(int tile, int m) { return max(min(tile *
 // boxes of x may have fewer than COLUMNS rows, `x_bytes` in two.
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap planes, const __grid_constant__ TensorMap coef,
-            const __grid_constant__ TensorMap zero, const u16* __restrict__ bias, u16* __restrict__ y, int m, int n, int k, int range, u32 span,
-            int units, int pitch, int x_bytes) {
+            const __grid_constant__ TensorMap zero, const u16* __restrict__ bias, const u16* __restrict__ other, u16* __restrict__ y, int m, int n,
+            int k, int range, u32 span, int units, int pitch, int x_bytes) {
     // By a shuffle the compiler sees that a warp is of one mind.
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
     const int rank = SPLIT > 1 ? blockIdx.x : 0, blocks = (k + 127) / 128, tiles = (n + 31) / 32;
@@ -199,7 +204,8 @@ quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
 #pragma unroll
         for (int i = 0; i < FLIGHT * 4; i++) {
             const int step = first + i / 4, w = i % 2;
-            a[i / 4][i % 4] = product_pair<XTYPE>(codes.operand(w, step / 2, step % 2, i % 4 / 2, factors.zero[w]), factors.scale[w]);
+            const u32 v = codes.operand(w, step / 2, step % 2, i % 4 / 2, factors.zero[w]);
+            a[i / 4][i % 4] = ZERO == 2 ? fma_pair<XTYPE>(v, factors.scale[w], factors.rest[w]) : product_pair<XTYPE>(v, factors.scale[w]);
         }
         if (factors.large)
 #pragma unroll
@@ -287,16 +293,25 @@ quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
 #pragma unroll
             for (int i = 0; i < OUT_ROWS; i += 8) {
                 const int e = (at + i) / 2;
-                u32 v[2];
-#pragma unroll
-                for (int w = 0; w < 2; w++) v[w] = pair<XTYPE>(fmaf(sum[e + 2 * w], FINAL, biases[w]), fmaf(sum[e + 2 * w + 1], FINAL, biases[w]));
-                store_matrices(shared_address(out) + (i + lane % 8) * 128 + ((warp % 4 * 2 + lane / 8 % 2) ^ lane % 8) * 16, v);
+                float f[2][2];
+                for (int w = 0; w < 2; w++)
+                    for (int j = 0; j < 2; j++) f[w][j] = fmaf(sum[e + 2 * w + j], FINAL, biases[w]);
+                u32 v[WIDTH];
+                // The gate stands eight rows before what it opens.
+                if constexpr (EPILOGUE == SILU_MUL) v[0] = pair<XTYPE>(silu(f[0][0]) * f[1][0], silu(f[0][1]) * f[1][1]);
+                else
+                    for (int w = 0; w < 2; w++) v[w] = pair<XTYPE>(f[w][0], f[w][1]);
+                store_matrices(shared_address(out) + (i + lane % 8) * 128 + ((warp % 4 * WIDTH + lane / 8 % WIDTH) ^ lane % 8) * 16, v);
             }
             named_barrier(2 + warp / 4, 128);
 #pragma unroll
-            for (int c = threadIdx.x % 128; c < OUT_ROWS * 8; c += 128) {
-                const int r = c / 8, to = from_column + at + r;
-                if (to < m) store_eight(y + (u64)to * pitch, (const u16*)(out + r * 128 + (c % 8 ^ r % 8) * 16), from + c % 8 * 8, n);
+            for (int c = threadIdx.x % 128; c < OUT_ROWS * 4 * WIDTH; c += 128) {
+                const int r = c / (4 * WIDTH), eight = c % (4 * WIDTH), to = from_column + at + r, place = from * WIDTH / 2 + eight * 8;
+                if (to >= m) continue;
+                u32 v[4];
+                load16(v, shared_address(out) + r * 128 + (eight ^ r % 8) * 16);
+                if constexpr (EPILOGUE == ADD) add_eight<XTYPE>(v, other + (u64)to * pitch, place, n);
+                store_eight(y + (u64)to * pitch, v, place, n * WIDTH / 2);
             }
             named_barrier(2 + warp / 4, 128);
         }

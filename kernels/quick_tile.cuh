@@ -5,6 +5,7 @@ constexpr int Q = LQ_BITS;
 constexpr int ZERO = LQ_ZERO;    // 0 none, 1 int16, 2 float32
 constexpr int SCALE = LQ_SCALE;  // HALF, BFLOAT16 or FLOAT
 constexpr int XTYPE = LQ_X;      // HALF or BFLOAT16
+constexpr int EPILOGUE = LQ_EPILOGUE;
 constexpr int SUB = LQ_SUB;      // groups in a block of 128 inputs; 0 where a group spans blocks
 constexpr int WARPS = LQ_WARPS, STAGES = LQ_STAGES;
 

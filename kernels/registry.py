@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
@@ -20,16 +20,20 @@ X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Call:
-    """The unchanging facts of one matmul: y[m, n] = x[m, k] @ w[n, k].T, w stored as `layout` stores `format`."""
+    """The unchanging facts of one matmul: y[m, n] = x[m, k] @ w[n, k].T, w stored as `layout` stores `format`.
+
+    `epilogue` is what is done to it before y is stored: one of epilogues.EPILOGUES.
+    """
 
     layout: str
     format: Format
     n: int
     k: int
+    epilogue: str = ""
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.layout, self.format, self.n, self.k))
+        return hash((self.layout, self.format, self.n, self.k, self.epilogue))
 
     def __hash__(self) -> int:
         # Each launch looks itself up by its call.
@@ -41,6 +45,7 @@ class Kernel:
     """One way to run a packed matmul.
 
     run(x, parts, bias, call, out)   x [m, k] contiguous, m and k > 0; writes y [m, n] to `out`
+    epilogues                        what it fuses; run then takes what is added, [m, n], as a sixth argument
     accepts(call, x_dtype, device)   None, or the sentence that says what it does not accept
     rounding(call, x_dtype)          the unit roundoffs from which every test derives its bound
     seconds(problem, layout, device) predicted time, a sympy expression in problem.m
@@ -50,10 +55,11 @@ class Kernel:
     layouts: tuple[str, ...]
     devices: tuple[str, ...]
     summary: str
-    run: Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor | None, Call, torch.Tensor], None]
+    run: Callable[..., None]
     accepts: Callable[[Call, torch.dtype, str], str | None]
     rounding: Callable[[Call, torch.dtype], Rounding]
     seconds: Callable[[Problem, str, Device], sympy.Expr]
+    epilogues: tuple[str, ...] = ()
     deterministic: bool = True
     batch_invariant: bool = False
 

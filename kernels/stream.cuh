@@ -48,8 +48,8 @@ struct Run {
 
 // grid (size of a cluster, ceil(row tiles / tiles)); 32 * WARPS threads; shared memory as kernels/stream.py counts it.
 __device__ __forceinline__ void stream_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table,
-                                            const u16* __restrict__ bias, u16* __restrict__ y, int m, int n, int k, int tiles, int range,
-                                            int groups, u32 span, int wide) {
+                                            const u16* __restrict__ bias, const u16* __restrict__ other, u16* __restrict__ y, int m, int n, int k,
+                                            int tiles, int range, int groups, u32 span, int wide) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int split = gridDim.x, rank = blockIdx.x, blocks = (k + 127) / 128;
     const int first = rank * range, count = min(range, blocks - first);
@@ -132,8 +132,18 @@ __device__ __forceinline__ void stream_gemm(const u16* __restrict__ x, Bytes pla
     for (int e = threadIdx.x; e < height * SLOT; e += WARPS * 32) {
         const int column = e % SLOT / 32, at = (top + e / SLOT) * 32 + e % 32;
         if (column >= m || at >= n || e / 32 % split != rank) continue;
-        float v = 0.f;
-        for (int i = 0; i < split; i++) v += wholes[i * tiles * SLOT + e];
-        y[(u64)column * n + at] = rounded<XTYPE>(v + to_float<XTYPE>(biases[e / SLOT * 32 + e % 32]));
+        auto whole = [&](int e) {
+            float v = 0.f;
+            for (int i = 0; i < split; i++) v += wholes[i * tiles * SLOT + e];
+            return v + to_float<XTYPE>(biases[e / SLOT * 32 + e % 32]);
+        };
+        if constexpr (EPILOGUE == SILU_MUL) {
+            // The gate stands eight rows before what it opens.
+            if (e % 16 < 8) y[(u64)column * (n / 2) + at / 16 * 8 + at % 8] = rounded<XTYPE>(silu(whole(e)) * whole(e + 8));
+        } else {
+            u16 v = rounded<XTYPE>(whole(e));
+            if constexpr (EPILOGUE == ADD) v = rounded<XTYPE>(to_float<XTYPE>(v) + to_float<XTYPE>(other[(u64)column * n + at]));
+            y[(u64)column * n + at] = v;
+        }
     }
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import sympy
@@ -15,14 +15,14 @@ from torch import Tensor
 from ..device import Device
 from ..errors import ArgumentError
 from ..types import SCALE_DTYPES, Format, Problem
-from . import build, dense
+from . import build, dense, epilogues
 from .layout import LAYOUTS
 from .registry import Call
 
 FORMS = {"affine": 0, "binary": 1, "table": 2}
 ZEROS = {"none": 0, "int": 1, "float": 2}
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-SIGNATURE, DENSE = "PPPPPPPiiiiiiii", "PPPPPiiiiiii"
+SIGNATURE, DENSE = "PPPPPPPPiiiiiiii", "PPPPPiiiiiii"
 # Tiles of 32 x 128 of a thread block: up to so many stream.cuh divides right in float32.
 MOST_UNITS = 1 << 15
 # Thread blocks that share k, the share of the multiprocessors that clusters of so many reach, and what sums cost.
@@ -39,6 +39,7 @@ class Specialisation:
     groups: int
     warps: int
     stages: int
+    epilogue: str = field(default="", kw_only=True)
 
     @property
     def defines(self) -> build.Defines:
@@ -52,6 +53,7 @@ class Specialisation:
             ("LQ_SUB", self.groups),
             ("LQ_WARPS", self.warps),
             ("LQ_STAGES", self.stages),
+            ("LQ_EPILOGUE", epilogues.EPILOGUES[self.epilogue]),
         )
 
     @property
@@ -151,7 +153,7 @@ def cut(kind: type[Shape], call: Call, x_dtype: torch.dtype, rows: int, gpu: tup
     all_tiles, blocks, warps = -(-call.n // 32), -(-call.k // 128), kind.warps_of(call.format, rows, groups)
     best: tuple[float, Cut] | None = None
     for stages, count in ((3, warps), (2, warps), (2, warps // 2), (2, warps // 4)):
-        shape = kind(call.format, x_dtype, rows, groups, count, stages)
+        shape = kind(call.format, x_dtype, rows, groups, count, stages, epilogue=call.epilogue)
         ring = shape.stage * count * (stages - 1)
         for split, usable, sums in CLUSTERS if clusters else CLUSTERS[:1]:
             if split > blocks:
@@ -190,10 +192,10 @@ class Launcher:
         self.values = (call.n, call.k, plan.tiles, plan.range, stored_groups(call), span_of(call))
         self.wide = call.k % 8 == 0
 
-    def __call__(self, x: Tensor, parts: Sequence[int], bias: int, out: Tensor, stream: int) -> None:
+    def __call__(self, x: Tensor, parts: Sequence[int], bias: int, other: int, out: Tensor, stream: int) -> None:
         at = x.data_ptr()
         wide = int(self.wide and not (at | bias) & 15)
-        values = (at, *parts, bias, out.data_ptr(), x.shape[0], *self.values, wide)
+        values = (at, *parts, bias, other, out.data_ptr(), x.shape[0], *self.values, wide)
         self.function.launch(self.grid, self.threads, self.shared, self.cluster, stream, values, self.pdl)
 
 
@@ -219,7 +221,7 @@ def pointers(parts: Sequence[Tensor], call: Call) -> tuple[int, int, int, int]:
 
 def run(
     kind: type[Shape], sizes: Sequence[int], least: int, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None,
-    call: Call, out: Tensor,
+    call: Call, out: Tensor, other: Tensor | None,
 ) -> None:  # fmt: skip
     """Runs a call, as many rows of x in a launch as fit.
 
@@ -237,10 +239,11 @@ def run(
             rows //= 2
             launch = launcher(kind, call, x.dtype, rows, index)
         if launch is None:
-            return dense.run(x[at:], parts, bias, call, out[at:])
+            return dense.run(x[at:], parts, bias, call, out[at:], None if other is None else other[at:])
         end = at + min(left, rows)
         whole = at == 0 and end == m
-        launch(x if whole else x[at:end], addresses, b, out if whole else out[at:end], queue)
+        added = 0 if other is None else other.data_ptr() + at * other.stride(0) * other.element_size()
+        launch(x if whole else x[at:end], addresses, b, added, out if whole else out[at:end], queue)
         at = end
 
 

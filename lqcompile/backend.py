@@ -11,6 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from .passes import pipeline
 from .passes.constants import fake_value
 from .passes.evaluate import undisturbed
 from .passes.lower import copy_module
+from .passes.merge import bias_of, join, join_biases
 from .passes.pipeline import Outcome
-from .passes.plan import Packed
+from .passes.plan import Packed, Plan
 from .passes.prove import Recovered
 from .passes.surroundings import described
 from .report import PassRecord, Report
@@ -159,12 +161,11 @@ class Compiled:
         self._compiled = compiled
         self._packed = lowered.packed if lowered else ()
         self._kept = _getter(lowered.kept if lowered else range(len(self._place)))
-        plans: dict[int, tuple[Recovered, list[int], tuple[Packed, ...]]] = {}
-        for plan in outcome.plans:
-            where = [self._place.get(n, -1) for n in plan.match.source_nodes]
-            plans[id(plan.match.recovered)] = (plan.match.recovered, where, plan.packed)
-        self._plans = list(plans.values())
-        self._sources = _getter(sorted({i for _, where, _ in self._plans for i in where if i >= 0}))
+        values = outcome.constants.values if outcome.constants else {}
+        # Plans that share a packed weight hold the same one.
+        held = {id(plan.packed): _Held.of(plan, self._place, values) for plan in outcome.plans}
+        self._held = list(held.values())
+        self._sources = _getter(sorted({i for held in self._held for i in held.places}))
         self._snapshot: Snapshot | None = Snapshot(self._sources(inputs))
 
     def __call__(self, *args: Any) -> Any:
@@ -177,14 +178,10 @@ class Compiled:
         """Packs again what has changed, in place. Weights that no longer fit their format are planned anew."""
         try:
             with undisturbed():
-                updated = [_update(args, *plan) for plan in self._plans]
-            fits = all(recovered is not None for recovered in updated)
+                fits = all([held.update(args) for held in self._held])
         except Refused:
             fits = False
         if fits:
-            # The fresh ones hold the new tensors, so that the old may be freed.
-            renewed = zip(updated, self._plans, strict=True)
-            self._plans = [(new or old, where, packed) for new, (old, where, packed) in renewed]
             self._snapshot = Snapshot(self._sources(args))
             return
         outcome = pipeline.run(self._module, args, self._config)
@@ -199,14 +196,57 @@ class Compiled:
         self._snapshot = None
 
 
-def _update(
-    args: tuple[Any, ...], recovered: Recovered, where: list[int], packed: tuple[Packed, ...]
-) -> Recovered | None:
-    """Packs what `args` hold now into the same tensors; None if it does not fit. Raises Refused."""
-    sources = [args[i] if i >= 0 else old for i, old in zip(where, recovered.sources, strict=True)]
-    fresh = recovered.again(sources)
-    fits = all(p.update(w) for p, w in zip(packed, fresh.weights, strict=True))
-    return fresh if fits else None
+@dataclass
+class _Held:
+    """What a plan's packed weights were made of: `where`, and `bias_at`, it stands among the graph's arguments.
+
+    -1 is none of them. `biases` are those that the plan copied into its own.
+    """
+
+    packed: tuple[Packed, ...]
+    bias: Tensor | None
+    epilogue: str
+    recovered: list[Recovered]
+    where: list[list[int]]
+    biases: list[Tensor | None]
+    bias_at: list[int]
+
+    @staticmethod
+    def of(plan: Plan, place: Mapping[fx.Node, int], values: Mapping[fx.Node, Tensor]) -> _Held:
+        matches = plan.bundle.matches
+        taken = [None if plan.bias is None else bias_of(m) for m in matches]
+        return _Held(
+            plan.packed,
+            plan.bias,
+            plan.bundle.epilogue,
+            [m.recovered.forgotten() for m in matches],
+            [[place.get(n, -1) for n in m.source_nodes] for m in matches],
+            [None if bias is None else values[bias] for bias in taken],
+            [-1 if bias is None else place.get(bias, -1) for bias in taken],
+        )
+
+    @property
+    def places(self) -> set[int]:
+        """Of the arguments that may change."""
+        return {i for where in (*self.where, self.bias_at) for i in where if i >= 0}
+
+    def update(self, args: tuple[Any, ...]) -> bool:
+        """Packs what `args` hold now into the same tensors; False if it does not fit. Raises Refused."""
+
+        def now(where: Sequence[int], before: Sequence[Any]) -> list[Any]:
+            return [args[i] if i >= 0 else old for i, old in zip(where, before, strict=True)]
+
+        given = zip(self.recovered, self.where, strict=True)
+        fresh, biases = [r.again(now(where, r.sources)) for r, where in given], now(self.bias_at, self.biases)
+        weights = join(fresh, self.epilogue)
+        if not all(p.update(w) for p, w in zip(self.packed, weights, strict=True)):
+            return False
+        bias = join_biases(biases, [r.weights[0].n for r in fresh], self.epilogue)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+        # They hold the new tensors, so that the old may be freed.
+        self.recovered, self.biases = [r.forgotten() for r in fresh], biases
+        return True
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -106,6 +108,16 @@ def rows(w: QWeight, which: slice | torch.Tensor) -> QWeight:
     if w.table is not None and w.table.ndim > 1:
         held["table"] = w.table[which]
     return dataclasses.replace(w, n=held["codes"].shape[0], **held)
+
+
+def concat(weights: Sequence[QWeight]) -> QWeight:
+    """The rows of several weights as one. They must share format, k, perm and, unless each row has its own, table."""
+    first = weights[0]
+    names = [name for name in ("codes", *GROUPED) if getattr(first, name) is not None]
+    if first.table is not None and first.table.ndim > 1:
+        names.append("table")
+    held: dict[str, Any] = {name: torch.cat([getattr(w, name) for w in weights]) for name in names}
+    return dataclasses.replace(first, n=sum(w.n for w in weights), **held)
 
 
 def dequantize(w: QWeight, dtype: torch.dtype = torch.float64) -> torch.Tensor:

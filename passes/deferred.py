@@ -1,8 +1,8 @@
 """Large tensors that are not computed until they are asked for, and then by blocks that stay in a cache.
 
 What a slice of the graph makes on the way to a weight [n, k] is elementwise, or moves elements about. A `Deferred`
-keeps the operation instead of its result; `part` computes a block of it alone, through all the operations behind it.
-What cannot be computed by blocks is computed whole.
+keeps the operation instead of its result; `Block.part` computes a part of it alone, through all the operations behind
+it. What cannot be cut is computed whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
+from . import cuts
 from .rules import RESHAPE, Operation
 
 # Elements of the smallest tensor that is deferred, and of a block: few enough to stay in a cache, in float64; on a GPU
@@ -24,15 +24,7 @@ LEAST = 1 << 17
 BLOCK = {"cpu": 1 << 17}
 BLOCK_ELSEWHERE = 1 << 22
 
-_CASTS = {"_to_copy", "clone", "detach", "alias", "lift_fresh_copy", "lift_fresh", "lift", "contiguous"}
-_ELEMENTWISE = {*_CASTS, "copy", "__and__", "__or__", "__xor__", "__rshift__", "__lshift__", "floor_divide"}
-_VIEWS = {"t", "transpose", "permute", "slice", "select", "expand"}
 _LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
-
-# By operation, axis, low and high.
-Memo = dict[tuple[int, int, int, int], Tensor]
-# What computes a block from low and high; None where an operation cannot be cut there.
-Maker = Callable[[int, int, Memo], Tensor]
 
 
 @dataclass(eq=False)
@@ -46,7 +38,7 @@ class Late:
     stand_in: Tensor
     value: Tensor | None = None
     readers: int = 0
-    makers: dict[int, Maker | None] = field(default_factory=dict)
+    makers: dict[int, cuts.Maker | None] = field(default_factory=dict)
 
 
 class Deferred(Tensor):
@@ -64,7 +56,7 @@ class Deferred(Tensor):
         made.late = late
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -106,7 +98,7 @@ def held(t: Tensor) -> Tensor:
             value = torch.empty_strided(t.shape, t.stride() if dense else _contiguous(t.shape), dtype=t.dtype,
                                         device=t.device)  # fmt: skip
             for low, high in spans(t, axis):
-                value.narrow(axis, low, high - low).copy_(part(t, low, high, {}, axis))
+                value.narrow(axis, low, high - low).copy_(Block().part(t, low, high, axis))
             late.value = value
         # The operands are not needed any more.
         late.op, late.makers = None, {}
@@ -144,12 +136,12 @@ def codes_of(t: Tensor, shape: Sequence[int]) -> tuple[Tensor, int, int]:
         return held(t).to(torch.uint8), 0, 0
     narrow = t.dtype in (torch.int8, torch.uint8, torch.int16)
     out = torch.empty(t.shape, dtype=t.dtype if narrow else torch.int16, device=t.device)
-    extremes = []
+    extremes: list[Tensor] = []
     for low, high in spans(t):
-        block = out[low:high].copy_(some := part(t, low, high, {}))
+        block = out[low:high].copy_(some := Block().part(t, low, high))
         extremes += torch.aminmax(block if narrow else some)
     least, most = (int(extreme) for extreme in torch.aminmax(torch.stack(extremes).to(torch.int64)))
-    tight = torch.int8 if -128 <= least and most <= 127 else torch.uint8 if 0 <= least and most <= 255 else out.dtype
+    tight = torch.int8 if least >= -128 and most <= 127 else torch.uint8 if least >= 0 and most <= 255 else out.dtype
     return out if narrow else out.to(tight), least, most
 
 
@@ -166,46 +158,43 @@ def spans(t: Tensor, axis: int = 0) -> Iterator[tuple[int, int]]:
         yield low, min(low + step, size)
 
 
-def part(t: Tensor, low: int, high: int, memo: Memo, axis: int = 0) -> Tensor:
-    """The places from `low` to `high` of an axis. `memo` keeps what several parts of one block have in common."""
-    if not isinstance(t, Deferred) or t.late.op is None:
-        return held(t).narrow(axis, low, high - low)
-    key = (id(t.late), axis, low, high)
-    found = memo.get(key)
-    if found is None:
-        make = _maker(t, axis)
-        if make is None:
+class Block:
+    """One block of several tensors; what they have in common is computed once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int, int, int], Tensor] = {}
+
+    def part(self, t: Tensor, low: int, high: int, axis: int = 0) -> Tensor:
+        """The places of an axis from `low` to `high`."""
+        if not isinstance(t, Deferred) or t.late.op is None:
             return held(t).narrow(axis, low, high - low)
-        found = make(low, high, memo)
-        if t.late.readers > 1:
-            memo[key] = found
-    return found
+        key = (id(t.late), axis, low, high)
+        found = self._made.get(key)
+        if found is None:
+            make = _maker(t, axis)
+            if make is None:
+                return held(t).narrow(axis, low, high - low)
+            found = make(low, high, self)
+            if t.late.readers > 1:
+                self._made[key] = found
+        return found
+
+    def whole(self, t: Tensor) -> Tensor:
+        """All of a tensor."""
+        return held(t)
 
 
-def _maker(t: Deferred, axis: int) -> Maker | None:
+def _maker(t: Deferred, axis: int) -> cuts.Maker | None:
     late = t.late
     if axis not in late.makers:
         assert late.op is not None
-        late.makers[axis] = _RULES[_kind(late.op)](late.op, late.stand_in, axis)
+        late.makers[axis] = cuts.maker(late.op, late.stand_in, axis)
     return late.makers[axis]
-
-
-def _kind(op: Operation) -> str:
-    """Which of the rules is for an operation, "" for none."""
-    if op.name in _ELEMENTWISE or (torch.Tag.pointwise in op.func.tags and op.name not in _REDUCTIONS):
-        return "elementwise"
-    if op.name in RESHAPE or op.name in ("squeeze", "unsqueeze"):
-        return "reshape"
-    if op.name in _VIEWS:
-        return "view"
-    if op.name in ("cat", "stack", "index", "view_dtype", "sum"):
-        return op.name
-    return ""
 
 
 def _postpone(op: Operation) -> Tensor | None:
     """The result of an operation, not computed if it is large; None where there is no rule for it."""
-    if not _kind(op):
+    if not cuts.kind(op):
         return None
     first = next(t for t in op.tensors if isinstance(t, Deferred))
     device = op.kwargs.get("device")
@@ -221,7 +210,7 @@ def _postpone(op: Operation) -> Tensor | None:
     if stand_in is None:
         return None
     same = (stand_in.dtype, stand_in.shape, stand_in.stride()) == (first.dtype, first.shape, first.stride())
-    if same and op.name in {*_CASTS, *RESHAPE, *_VIEWS}:
+    if same and op.name in {*cuts.CASTS, *RESHAPE, *cuts.VIEWS}:
         return Deferred(first.late, first.device)
     made = Deferred(Late(op, stand_in), first.device)
     if stand_in.numel() < LEAST:
@@ -274,133 +263,6 @@ def _contiguous(shape: Sequence[int]) -> list[int]:
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
-def _elementwise(op: Operation, t: Tensor, axis: int) -> Maker:
-    """Each operand is cut where it is not broadcast."""
-    kwargs = {name: value for name, value in op.kwargs.items() if name != "memory_format"}
-
-    def where(x: Any) -> int:
-        at = axis - t.ndim + x.ndim if isinstance(x, Tensor) else -1
-        return at if at >= 0 and x.shape[at] != 1 else -1
-
-    places = [where(x) for x in op.args]
-
-    def cut(i: int, low: int, high: int, memo: Memo) -> Any:
-        x = op.args[i]
-        return part(x, low, high, memo, places[i]) if places[i] >= 0 else held(x) if isinstance(x, Tensor) else x
-
-    def copied(low: int, high: int, memo: Memo) -> Tensor:
-        return cut(1, low, high, memo).to(t.dtype).expand(*t.shape[:axis], high - low, *t.shape[axis + 1 :])
-
-    def make(low: int, high: int, memo: Memo) -> Tensor:
-        return op.func(*(cut(i, low, high, memo) for i in range(len(places))), **kwargs)
-
-    return copied if op.name == "copy" else make
-
-
-def _reshape(op: Operation, t: Tensor, axis: int) -> Maker | None:
-    """A run of the axis is a run of that axis of the source before which there are as many elements."""
-    source, size = op.args[0], tuple(t.shape)
-    before, after = math.prod(size[:axis]), math.prod(size[axis + 1 :])
-    shape = source.shape
-    at = next((i for i in range(len(shape)) if math.prod(shape[:i]) == before and shape[i] > 1), None)
-    if at is None:
-        return None
-    grain = math.prod(shape[at + 1 :])
-
-    def make(low: int, high: int, memo: Memo) -> Tensor:
-        first, last = low * after // grain, -(-high * after // grain)
-        piece = part(source, first, last, memo, at)
-        if (first * grain, last * grain) != (low * after, high * after):
-            piece = piece.reshape(before, -1).narrow(1, low * after - first * grain, (high - low) * after)
-        return piece.reshape(*size[:axis], high - low, *size[axis + 1 :])
-
-    return make
-
-
-def _view(op: Operation, t: Tensor, axis: int) -> Maker | None:
-    """Where the axis is one of the source, whole, the same is done to a part of it."""
-    source = op.args[0]
-    # Strides tell the axes apart.
-    marks = [1 << (3 * i + 1) for i in range(source.ndim)]
-    seen = torch.empty(0, dtype=torch.uint8, device="meta").as_strided(source.shape, marks)
-    moved = op.func(seen, *op.args[1:], **op.kwargs)
-    mark, size = moved.stride(axis), t.shape[axis]
-    if mark not in marks or source.shape[marks.index(mark)] != size:
-        return None
-    at, args = marks.index(mark), op.args[1:]
-    if op.name == "slice" and (op.args[1] if len(op.args) > 1 else 0) % source.ndim == at:
-        # All of it: the step is 1, and the places are those of the whole.
-        return lambda low, high, memo: part(source, low, high, memo, at)
-
-    def make(low: int, high: int, memo: Memo) -> Tensor:
-        piece = part(source, low, high, memo, at)
-        if op.name == "expand":
-            return piece.expand(*t.shape[:axis], high - low, *t.shape[axis + 1 :])
-        return op.func(piece, *args, **op.kwargs)
-
-    return make
-
-
-def _cat(op: Operation, t: Tensor, axis: int) -> Maker | None:
-    pieces, dim = op.args[0], op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
-    if dim % t.ndim == axis or any(p.ndim != t.ndim for p in pieces):
-        return None
-    return lambda low, high, memo: torch.cat([part(p, low, high, memo, axis) for p in pieces], dim)
-
-
-def _stack(op: Operation, t: Tensor, axis: int) -> Maker | None:
-    pieces, dim = op.args[0], op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
-    dim %= t.ndim
-    if dim == axis:
-        return None
-    at = axis - (axis > dim)
-    return lambda low, high, memo: torch.stack([part(p, low, high, memo, at) for p in pieces], dim)
-
-
-def _index(op: Operation, t: Tensor, axis: int) -> Maker:
-    """A look-up by one tensor of indices: they are cut, or the axes beside the one that they replace."""
-    source, indices = op.args
-    dim, index = next((i, x) for i, x in enumerate(indices) if x is not None)
-    if dim <= axis < dim + index.ndim:
-        return lambda low, high, memo: held(source)[(slice(None),) * dim + (part(index, low, high, memo, axis - dim),)]
-    at = axis if axis < dim else axis - index.ndim + 1
-    return lambda low, high, memo: part(source, low, high, memo, at)[(slice(None),) * dim + (held(index),)]
-
-
-def _view_dtype(op: Operation, t: Tensor, axis: int) -> Maker | None:
-    source, dtype = op.args
-    if axis == t.ndim - 1 and source.dtype.itemsize != dtype.itemsize:
-        return None
-
-    def make(low: int, high: int, memo: Memo) -> Tensor:
-        piece = part(source, low, high, memo, axis)
-        return (piece if source.dtype.itemsize == dtype.itemsize else piece.contiguous()).view(dtype)
-
-    return make
-
-
-def _sum(op: Operation, t: Tensor, axis: int) -> Maker | None:
-    source, dims = op.args[0], op.args[1] if len(op.args) > 1 else None
-    keep = t.ndim == source.ndim
-    if not dims or (keep and any(d % source.ndim == axis for d in dims)):
-        return None
-    places = [i for i in range(source.ndim) if keep or i not in [d % source.ndim for d in dims]]
-    at = places[axis]
-    return lambda low, high, memo: op.func(part(source, low, high, memo, at), *op.args[1:], **op.kwargs)
-
-
-_RULES: dict[str, Callable[[Operation, Tensor, int], Maker | None]] = {
-    "elementwise": _elementwise,
-    "reshape": _reshape,
-    "view": _view,
-    "cat": _cat,
-    "stack": _stack,
-    "index": _index,
-    "view_dtype": _view_dtype,
-    "sum": _sum,
-}
-
-
 def _axis(t: Tensor) -> int:
     """The axis to cut a whole tensor along: the first that is worth it."""
     return next((i for i, size in enumerate(t.shape) if size > 1), 0)
@@ -411,8 +273,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
         return False
     axis = _axis(a)
     for low, high in spans(a, axis):
-        memo: Memo = {}
-        if not torch.equal(part(a, low, high, memo, axis), part(b, low, high, memo, axis)):
+        block = Block()
+        if not torch.equal(block.part(a, low, high, axis), block.part(b, low, high, axis)):
             return False
     return True
 
@@ -422,7 +284,7 @@ def _over_blocks(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
     def reduced(t: Tensor) -> Tensor:
         axis = _axis(t)
-        return reduce(torch.stack([reduce(part(t, low, high, {}, axis)) for low, high in spans(t, axis)]))
+        return reduce(torch.stack([reduce(Block().part(t, low, high, axis)) for low, high in spans(t, axis)]))
 
     return reduced
 

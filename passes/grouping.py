@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Reason, Refused
-from .deferred import held, part, spans, unrepeated
+from .deferred import Block, held, spans, unrepeated
 
 SMALLEST = 4
 
@@ -39,7 +39,7 @@ class Groups:
 
 def _blocks(t: Tensor) -> Iterator[Tensor]:
     """The rows of a piece, some at a time."""
-    return (part(t, low, high, {}) for low, high in spans(t))
+    return (Block().part(t, low, high) for low, high in spans(t))
 
 
 def stride_of_change(t: Tensor, k: int) -> int:
@@ -81,6 +81,6 @@ def _signature(t: Tensor) -> Tensor:
     total = torch.zeros(t.shape[1], dtype=torch.int64, device=t.device)
     for low, high in spans(t):
         # By their bits, and modulo 2**64, so that no order of additions matters; 0 has one sign.
-        bits = part(t, low, high, {}).add(0.0).contiguous().view(torch.int64)
+        bits = Block().part(t, low, high).add(0.0).contiguous().view(torch.int64)
         total += bits.mul_(factors[low:high] | 1).sum(0)
     return total

@@ -7,6 +7,7 @@ Output shape, strides and dtype are kept.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +26,14 @@ from .plan import Packed, Plan
 class Lowered:
     """The new graph. It takes the tensors of `packed`, then the arguments of the old graph at `kept`.
 
-    emitted     for each plan its result and all its nodes
+    emitted     for each plan its results, one for each output of its bundle, and all its nodes
     stands_for  the new node of each old one that is still there
     """
 
     module: fx.GraphModule
     packed: tuple[Tensor, ...]
     kept: tuple[int, ...]
-    emitted: tuple[tuple[fx.Node, tuple[fx.Node, ...]], ...]
+    emitted: tuple[tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]], ...]
     stands_for: dict[fx.Node, fx.Node]
 
 
@@ -64,11 +65,14 @@ def lower(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan]) -
     inputs = _Inputs(graph, fake_mode)
     emitted, stands_for = [], dict(copies)
     for plan in plans:
-        emit = _Emitter(graph, copies[plan.match.output], fake_mode)
-        result = _matmul(plan, emit, inputs, stands_for)
-        copies[plan.match.output].replace_all_uses_with(result)
-        stands_for[plan.match.output] = result
-        emitted.append((result, tuple(emit.nodes)))
+        outputs = plan.bundle.outputs
+        emit = _Emitter(graph, copies[min(outputs, key=constants.order.__getitem__)], fake_mode)
+        one = len(plan.bundle.matches) == 1 and not plan.bundle.epilogue
+        results = (_matmul(plan, emit, inputs, stands_for),) if one else _together(plan, emit, inputs, stands_for)
+        for output, result in zip(outputs, results, strict=True):
+            copies[output].replace_all_uses_with(result)
+            stands_for[output] = result
+        emitted.append((results, tuple(emit.nodes)))
     _erase(module, constants, plans, copies)
     kept = []
     for i, node in enumerate(placeholders):
@@ -167,6 +171,22 @@ def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx
     return _with_strides(emit, _cast(emit, y, wanted.dtype), wanted)
 
 
+def _together(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx.Node]) -> tuple[fx.Node, ...]:
+    """Several matches in one op, or one with what is done to its result; merge.py says which can be."""
+    bundle, match = plan.bundle, plan.match
+    bias = nodes[match.bias] if match.bias is not None else None
+    if plan.bias is not None:
+        bias = inputs.node(plan.bias)
+    other = None if bundle.other is None else nodes[bundle.other]
+    y = _gemm(plan, plan.packed[0], emit, inputs, _operand(plan, emit, nodes[match.x]), bias, other)
+    if len(bundle.outputs) == 1:
+        return (_with_strides(emit, y, fake_value(bundle.outputs[0])),)
+    sizes = [m.n for m in bundle.matches]
+    pieces = emit("split", y, sizes, -1)
+    parts = (emit(operator.getitem, pieces, i) for i in range(len(sizes)))
+    return tuple(_with_strides(emit, y, fake_value(out)) for y, out in zip(parts, bundle.outputs, strict=True))
+
+
 def _operand(plan: Plan, emit: _Emitter, x: fx.Node) -> fx.Node:
     """x as [batch?, m..., k], in the dtype that the match is computed in."""
     r = plan.match.roles
@@ -184,12 +204,15 @@ def _operand(plan: Plan, emit: _Emitter, x: fx.Node) -> fx.Node:
     return _cast(emit, x, plan.match.dtype)
 
 
-def _gemm(plan: Plan, packed: Packed, emit: _Emitter, inputs: _Inputs, x: fx.Node, bias: fx.Node | None) -> fx.Node:
+def _gemm(
+    plan: Plan, packed: Packed, emit: _Emitter, inputs: _Inputs, x: fx.Node, bias: fx.Node | None,
+    other: fx.Node | None = None,
+) -> fx.Node:  # fmt: skip
     if packed.perm is not None:
         x = emit(torch.index_select, x, fake_value(x).ndim - 1, inputs.node(packed.perm))
     parts = [inputs.node(part) for part in packed.parts]
     op = ops.GEMMS[plan.layout]
-    return emit(op, x, parts, bias, packed.n, packed.k, packed.format.spec, plan.route)
+    return emit(op, x, parts, bias, other, packed.n, packed.k, packed.format.spec, plan.bundle.epilogue, plan.route)
 
 
 def _cast(emit: _Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -218,16 +241,18 @@ def _erase(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], 
     """Erases what only the replaced matmuls used. A write stays unless all that it writes to goes."""
     gone: set[fx.Node] = set()
     for plan in plans:
-        match, node = plan.match, plan.match.output
-        while True:
-            gone.add(node)
-            for operand in node.all_input_nodes:
-                if operand in constants and operand is not match.bias:
-                    gone |= {n for n in constants.slice(operand, node).nodes if n not in constants.values}
-            if node is match.anchor:
-                break
-            node = next(n for n in node.all_input_nodes if n not in constants)
-    outputs = {plan.match.output for plan in plans}
+        gone.update(plan.bundle.after)
+        for match in plan.bundle.matches:
+            node = match.output
+            while True:
+                gone.add(node)
+                for operand in node.all_input_nodes:
+                    if operand in constants and operand is not match.bias:
+                        gone |= {n for n in constants.slice(operand, node).nodes if n not in constants.values}
+                if node is match.anchor:
+                    break
+                node = next(n for n in node.all_input_nodes if n not in constants)
+    outputs = {output for plan in plans for output in plan.bundle.outputs}
     by_storage: dict[int, list[fx.Node]] = {}
     for node in module.graph.nodes:
         storage = storage_of(node)

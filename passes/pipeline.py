@@ -6,7 +6,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +16,10 @@ from torch._guards import GuardSource
 from ..config import Config
 from ..device import Device
 from ..errors import Reason, Refused, StrictError
-from ..types import Decision
+from ..types import Candidate, Decision
 from .constants import Constants, fake_value
 from .lower import Lowered, lower
+from .merge import bundles
 from .plan import Plan, Planner
 from .recognise import Kept, Match, Recogniser
 from .verify import Broken, verify
@@ -75,10 +76,10 @@ def _run(
         with _one_thread():
             found += _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
         outcome.analysed = recogniser.reader.analysed
-        plans, refused = _timed(outcome, "plan", lambda: _plan(found, config, device), lambda p: len(p[0]))
+        plans, refused = _timed(outcome, "plan", lambda: _plan(found, constants, config, device), lambda p: len(p[0]))
         while plans and outcome.lowered is None:
             _lower(outcome, module, constants, plans, refused, config.strict, runs=device is None)
-        by_node = {plan.match.anchor: plan for plan in plans}
+        by_node = {match.anchor: plan for plan in plans for match in plan.bundle.matches}
         for item in found:
             node = item.anchor if isinstance(item, Match) else item.node
             outcome.decisions.append(_decision(item, by_node.get(node), refused.get(node)))
@@ -107,7 +108,7 @@ def _lower(
             raise
         outcome.warnings.append(f"lqcompile left a matmul to Inductor: {broken}")
         plans.remove(broken.plan)
-        refused[broken.plan.match.anchor] = Reason.PASS_FAILED
+        refused |= {match.anchor: Reason.PASS_FAILED for match in broken.plan.bundle.matches}
     else:
         outcome.lowered, outcome.plans = lowered, plans
 
@@ -143,16 +144,21 @@ def _timed(outcome: Outcome, name: str, work: Callable[[], T], count: Callable[[
 
 
 def _plan(
-    found: Sequence[Match | Kept], config: Config, device: Device | None
+    found: Sequence[Match | Kept], constants: Constants, config: Config, device: Device | None
 ) -> tuple[list[Plan], dict[fx.Node, Reason]]:
-    planner, plans, refused = Planner(config.workload, device), [], {}
+    planner = Planner(constants.values, config.workload, device)
+    plans, refused = [], {}
     with torch.inference_mode(False), torch.no_grad():
-        for match in found:
-            if isinstance(match, Match):
-                try:
-                    plans.append(planner.plan(match))
-                except Refused as refusal:
-                    refused[match.anchor] = refusal.reason
+        left = bundles([match for match in found if isinstance(match, Match)], constants)
+        while left:
+            bundle = left.pop(0)
+            try:
+                plans.append(planner.plan(bundle))
+            except Refused as refusal:
+                less = bundle.simpler()
+                if not less:
+                    refused[bundle.matches[0].anchor] = refusal.reason
+                left = less + left
     return plans, refused
 
 
@@ -164,6 +170,9 @@ def _decision(item: Match | Kept, plan: Plan | None, refused: Reason | None) -> 
     if plan is None:
         return Decision(item.where, "kept", problem, first.format, reason=refused or Reason.PASS_FAILED)
     problem = {"m": str(plan.m), **problem, "bias": item.bias is not None}
+    together, share = len(plan.bundle.matches), plan.share(item)
+    problem |= {"together": together} if together > 1 else {}
+    problem |= {"epilogue": plan.bundle.epilogue} if plan.bundle.epilogue else {}
     before = len(item.recovered.weights) * first.n * first.k * item.dtype.itemsize
     return Decision(
         where=item.where,
@@ -173,10 +182,14 @@ def _decision(item: Match | Kept, plan: Plan | None, refused: Reason | None) -> 
         rule=item.recovered.rule,
         proof=item.recovered.proof,
         layout=plan.layout,
-        pieces=plan.pieces,
+        pieces=tuple(replace(p, seconds=share * p.seconds) for p in plan.pieces),
         bytes_before=before,
-        bytes_after=plan.bytes,
-        candidates=plan.choice.candidates,
-        dense=plan.choice.dense,
-        light=plan.bytes / plan.device.bandwidth,
+        bytes_after=round(share * plan.bytes),
+        candidates=tuple(_part(c, share) for c in plan.choice.candidates),
+        dense=_part(plan.choice.dense, share),
+        light=share * plan.bytes / plan.device.bandwidth,
     )
+
+
+def _part(candidate: Candidate, share: float) -> Candidate:
+    return candidate if share == 1 else replace(candidate, seconds=share * candidate.seconds)

@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .. import cost, profile
 from ..device import Device
@@ -20,7 +20,7 @@ from ..kernels.registry import Call
 from ..types import Candidate, Format, Piece, Problem, QWeight
 from . import meanings
 from .constants import fake_value
-from .prove import Recovered
+from .merge import Bundle, bias_of, join, join_biases
 from .recognise import Match
 
 
@@ -60,9 +60,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one match is run: a packed weight for each place of its batch, and a kernel for each range of m."""
+    """How one bundle is run: a packed weight for each place of its batch, and a kernel for each range of m.
 
-    match: Match
+    bias   that of several matches, as their op takes it
+    """
+
+    bundle: Bundle
     layout: str
     route: str
     pieces: tuple[Piece, ...]
@@ -71,6 +74,21 @@ class Plan:
     m_range: tuple[int, int | None]
     choice: Choice
     device: Device
+    bias: Tensor | None = None
+
+    @property
+    def match(self) -> Match:
+        """The first match, whose x the op reads."""
+        return self.bundle.matches[0]
+
+    @property
+    def weights(self) -> tuple[QWeight, ...]:
+        """What is packed."""
+        return join([m.recovered for m in self.bundle.matches], self.bundle.epilogue)
+
+    def share(self, match: Match) -> float:
+        """How much of the op is one match's."""
+        return match.n / max(1, sum(m.n for m in self.bundle.matches))
 
     @property
     def bytes(self) -> int:
@@ -85,8 +103,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Choice:
-    """The layout for one problem, what was compared in it, and the same matmul on a dense weight."""
+    """The layout for one problem, what was compared in it, and the same matmul on a dense weight.
 
+    `seconds` are those of the whole workload.
+    """
+
+    seconds: float
     layout: str
     pieces: tuple[Piece, ...]
     candidates: tuple[Candidate, ...]
@@ -94,39 +116,57 @@ class Choice:
 
 
 class Planner:
-    """Plans the matches of one graph for `device`, by default the one that they are on, and for a workload.
+    """Plans the bundles of one graph for `device`, by default the one that they are on, and for a workload.
 
     Matmuls that share a weight share its packed copy.
     """
 
-    def __init__(self, workload: Mapping[int, float], device: Device | None = None) -> None:
-        self._workload, self._device = workload, device
-        self._packed: dict[tuple[int, str], tuple[Packed, ...]] = {}
-        self._kept: list[Recovered] = []
+    def __init__(
+        self, values: Mapping[fx.Node, Tensor], workload: Mapping[int, float], device: Device | None = None
+    ) -> None:
+        self._values, self._workload, self._device = values, workload, device
+        self._packed: dict[tuple[Any, ...], tuple[Packed, ...]] = {}
+        self._kept: list[Bundle] = []
         self._choices: dict[tuple[Any, ...], Choice] = {}
 
-    def plan(self, match: Match) -> Plan:
-        """The plan of a match. Raises Refused where no kernel accepts it."""
+    def plan(self, bundle: Bundle) -> Plan:
+        """The plan of a bundle. Raises Refused where no kernel accepts it, or where less in one op is as fast."""
+        choice, m, m_range, device = self._choice(bundle.matches)
+        if bundle.epilogue and not any(bundle.epilogue in registry.KERNELS[p.kernel].epilogues for p in choice.pieces):
+            raise Refused(Reason.NO_KERNEL, bundle.epilogue)
+        if len(bundle.matches) > 1:
+            apart = sum(self._choice([match])[0].seconds for match in bundle.matches)
+            if choice.seconds >= apart:
+                raise Refused(Reason.SLOWER, f"{len(bundle.matches)} matmuls in one")
+        recovered = [match.recovered for match in bundle.matches]
+        # By identity, kept alive here: equal weights of two layers are two packs.
+        key = (*map(id, recovered), choice.layout, bundle.epilogue == "silu_mul")
+        if key not in self._packed:
+            self._packed[key] = tuple(_pack(w, choice.layout) for w in join(recovered, bundle.epilogue))
+            self._kept.append(bundle)
+        route, bias = _route(choice.pieces), None
+        if len(bundle.matches) > 1:
+            leaves = [bias_of(match) for match in bundle.matches]
+            biases = [None if leaf is None else self._values[leaf] for leaf in leaves]
+            bias = join_biases(biases, [match.n for match in bundle.matches], bundle.epilogue)
+        packed = self._packed[key]
+        return Plan(bundle, choice.layout, route, choice.pieces, packed, m, m_range, choice, device, bias)
+
+    def _choice(self, matches: Sequence[Match]) -> tuple[Choice, sympy.Expr, tuple[int, int | None], Device]:
+        """For the matmuls of one x in one op: the layout and kernels, m with its range, and the device."""
+        match = matches[0]
         x = fake_value(match.x)
         m, m_range = _rows(match, x)
-        first = match.recovered.weights[0]
-        problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), first.n, first.k, first.format, match.dtype, x.device)
+        first, n = match.recovered.weights[0], sum(match.n for match in matches)
+        problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), n, first.k, first.format, match.dtype, x.device)
         device = self._device or profile.of(problem.device)
         fused = match.recovered.fused
         # The weights of a batch share one route, but each may have turned out to be of another format.
         formats = tuple(dict.fromkeys(w.format for w in match.recovered.weights))
-        asked = (m_range, first.n, first.k, formats, match.dtype, device, fused)
+        asked = (m_range, n, first.k, formats, match.dtype, device, fused)
         if asked not in self._choices:
             self._choices[asked] = self._choose(problem, formats, m_range, device, fused)
-        choice = self._choices[asked]
-        layout = choice.layout
-        # By identity, kept alive here: equal weights of two layers are two packs.
-        key = (id(match.recovered), layout)
-        if key not in self._packed:
-            self._packed[key] = tuple(_pack(w, layout) for w in match.recovered.weights)
-            self._kept.append(match.recovered)
-        packed, route = self._packed[key], _route(choice.pieces)
-        return Plan(match, layout, route, choice.pieces, packed, m, m_range, choice, device)
+        return self._choices[asked], m, m_range, device
 
     def _choose(
         self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str
@@ -138,7 +178,7 @@ class Planner:
         low, high = m_range
         m = sympy.Symbol("m", positive=True, integer=True)
         priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
-        best: tuple[float, Choice] | None = None
+        best: Choice | None = None
         dense = Candidate("dense weight", "", cost.dense(priced, device))
         for name, layout in LAYOUTS.items():
             if any(f.form not in layout.forms for f in formats):
@@ -154,17 +194,17 @@ class Planner:
             if candidates:
                 found = cost.pieces(candidates, low, high)
                 seconds = cost.total(found, candidates, low, high, self._workload)
-                if best is None or seconds < best[0]:
-                    best = (seconds, Choice(name, found, tuple(candidates), dense))
+                if best is None or seconds < best.seconds:
+                    best = Choice(seconds, name, found, tuple(candidates), dense)
         if best is None:
             raise Refused(Reason.NO_KERNEL, f"{problem.format} on {device.kind}")
         theirs = meanings.seconds(fused, priced, device)
         if theirs is not None:
             # A library's own kernel is taken over only where ours is faster.
             own = Candidate(fused, "", theirs)
-            if cost.total(cost.pieces([own], low, high), [own], low, high, self._workload) <= best[0]:
+            if cost.total(cost.pieces([own], low, high), [own], low, high, self._workload) <= best.seconds:
                 raise Refused(Reason.SLOWER, fused)
-        return best[1]
+        return best
 
 
 def _pack(w: QWeight, layout: str) -> Packed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -13,7 +13,7 @@ from ..errors import ArgumentError, Reason, Refused
 from ..formats import UNIT_ROUNDOFF, dequantize, rows, validate
 from ..types import NearMiss, QWeight
 from . import algebra, idioms
-from .deferred import Memo, part, spans
+from .deferred import Block, spans
 from .evaluate import Weight
 
 
@@ -32,6 +32,10 @@ class Recovered:
     again: Callable[[Sequence[Tensor]], Recovered]
     key: str
     fused: str = ""
+
+    def forgotten(self) -> Recovered:
+        """The same without the weights, once they are packed: only what it takes to make them again."""
+        return replace(self, weights=())
 
 
 @dataclass
@@ -116,8 +120,8 @@ def prove(qweight: QWeight, weight: Weight) -> str:
 
 def _rows_are(qweight: QWeight, weight: Weight, low: int, high: int) -> bool:
     """Whether `qweight` gives these rows of the weight to the bit; raises Refused if not up to rounding."""
-    memo: Memo = {}
-    exact, native = part(weight.shadow, low, high, memo), part(weight.native, low, high, memo)
+    block = Block()
+    exact, native = block.part(weight.shadow, low, high), block.part(weight.native, low, high)
     if not _finite(native):
         raise Refused(Reason.NON_FINITE, "weight")
     rebuilt = dequantize(qweight, torch.float64)
@@ -125,7 +129,7 @@ def _rows_are(qweight: QWeight, weight: Weight, low: int, high: int) -> bool:
     if exactly and torch.equal(exact.to(native.dtype), native):
         # Nearly always: eager rounded once, to the nearest.
         return True
-    size = _size_of(weight, low, high, memo)
+    size = _size_of(weight, low, high, block)
     difference = rebuilt.sub_(exact).abs_()
     if bool((difference > 2.0**-48 * size).any()):
         raise Refused(Reason.PROOF_FAILED, f"off by {float(difference.max()):.3g}")
@@ -137,12 +141,12 @@ def _rows_are(qweight: QWeight, weight: Weight, low: int, high: int) -> bool:
     return exactly
 
 
-def _size_of(weight: Weight, low: int, high: int, memo: Memo) -> Tensor:
+def _size_of(weight: Weight, low: int, high: int, block: Block) -> Tensor:
     """What is added up to give these rows of the weight, in absolute value: what roundings are relative to."""
-    form, size = weight.form, part(weight.shadow, low, high, memo).abs()
+    form, size = weight.form, block.part(weight.shadow, low, high).abs()
 
     def some(piece: Tensor) -> Tensor:
-        return part(piece.expand(form.shape), low, high, memo)
+        return block.part(piece.expand(form.shape), low, high)
 
     for term in form.terms:
         size += (some(term.coef) * algebra.Term(term.coef, some(term.codes), term.levels).values()).abs_()

@@ -45,6 +45,11 @@ class Match:
     source_nodes: tuple[fx.Node, ...]
 
     @property
+    def n(self) -> int:
+        """Outputs of each weight."""
+        return self.recovered.weights[0].n
+
+    @property
     def dtype(self) -> torch.dtype:
         """What to compute in: a scaling after the matmul may be wider than it, or narrower."""
         return torch.promote_types(fake_value(self.anchor).dtype, fake_value(self.output).dtype)

@@ -38,7 +38,7 @@ def described(outcome: Outcome) -> list[Decision]:
     constants = outcome.constants
     if constants is None:
         return outcome.decisions
-    plans = {plan.match.anchor: (i, plan) for i, plan in enumerate(outcome.plans)}
+    plans = {m.anchor: (i, plan) for i, plan in enumerate(outcome.plans) for m in plan.bundle.matches}
     out = []
     for item, decision in zip(outcome.found, outcome.decisions, strict=True):
         if isinstance(item, Match):
@@ -324,17 +324,18 @@ def cut(text: str) -> str:
 
 def _after(lowered: Lowered, place: int, plan: Plan) -> tuple[Step, ...]:
     """What stands there now: packed tensors, the new operations, and who reads their result."""
-    result, emitted = lowered.emitted[place]
+    results, emitted = lowered.emitted[place]
     names: dict[int, str] = {}
     placeholders = [n for n in lowered.module.graph.nodes if n.op == "placeholder"]
     for packed in plan.packed:
         shown = LAYOUTS[packed.layout].names(packed.format, packed.parts[0].device.type)
         parts = [*zip(packed.parts, shown, strict=True), (packed.perm, "perm")]
         names |= {id(t): f"packed {name}" for t, name in parts if t is not None}
+    names |= {id(plan.bias): "packed bias"}
     packed_of = {n: names.get(id(t)) for n, t in zip(placeholders, lowered.packed, strict=False)}
     inside = set(emitted)
     inputs = [i for n in emitted for i in n.all_input_nodes if i not in inside]
-    readers = [n for n in result.users if n.op != "output"][:3]
+    readers = [n for result in results for n in result.users if n.op != "output"][:3]
     wanted = {*inputs, *emitted, *readers}
     nodes = [n for n in lowered.module.graph.nodes if n in wanted][:MOST]
     at = {node: i for i, node in enumerate(nodes)}

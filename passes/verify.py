@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from ..formats import dequantize
 from .constants import Constants, fake_value, plain
 from .evaluate import undisturbed
 from .lower import Lowered
+from .merge import bias_of
 from .plan import Plan
+from .recognise import Match
 
 ROWS = 2
 
@@ -30,14 +32,16 @@ class Broken(LqError):
 def verify(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], lowered: Lowered) -> None:
     """Raises Broken unless each new node stands for its old one; one numeric probe for each distinct structure."""
     probed = set()
-    for plan, (result, nodes) in zip(plans, lowered.emitted, strict=True):
-        old, new = fake_value(plan.match.output), fake_value(result)
-        if old.dtype != new.dtype or [str(s) for s in old.shape] != [str(s) for s in new.shape]:
-            raise Broken(plan, f"{new.dtype} {tuple(new.shape)}, not {old.dtype} {tuple(old.shape)}")
-        structure = (plan.match.recovered.key, plan.match.contraction.node.target, str(plan.match.roles))
+    for plan, (results, nodes) in zip(plans, lowered.emitted, strict=True):
+        for output, result in zip(plan.bundle.outputs, results, strict=True):
+            old, new = fake_value(output), fake_value(result)
+            if old.dtype != new.dtype or [str(s) for s in old.shape] != [str(s) for s in new.shape]:
+                raise Broken(plan, f"{new.dtype} {tuple(new.shape)}, not {old.dtype} {tuple(old.shape)}")
+        of_each = ((m.recovered.key, m.contraction.node.target, str(m.roles)) for m in plan.bundle.matches)
+        structure = (*of_each, plan.bundle.epilogue)
         if structure not in probed:
             probed.add(structure)
-            _probe(module, constants, plan, lowered, result, nodes)
+            _probe(module, constants, plan, lowered, results, nodes)
 
 
 def _probe(
@@ -45,36 +49,45 @@ def _probe(
     constants: Constants,
     plan: Plan,
     lowered: Lowered,
-    result: fx.Node,
+    results: Sequence[fx.Node],
     nodes: Sequence[fx.Node],
 ) -> None:
     """Runs the old nodes and the new ones on the same random rows. The weight is proved; this proves the wiring."""
-    match, nodes_now = plan.match, lowered.stands_for
+    bundle, nodes_now = plan.bundle, lowered.stands_for
     packed = (n for n in lowered.module.graph.nodes if n.op == "placeholder")
     with undisturbed():
         x = _random_x(plan)
-        old = {match.x: x, **{n: plain(t) for n, t in constants.values.items()}}
-        new: dict[fx.Node, Any] = {nodes_now[match.x]: x, **dict(zip(packed, lowered.packed, strict=False))}
-        if match.bias is not None:
-            bias, shape = constants.values.get(match.bias), _bias_shape(plan)
-            if bias is None:
-                bias = _random(shape, fake_value(match.bias))
-            # One for each row of the real x is more than the probe has rows.
-            bias = bias[tuple(slice(size) for size in shape)]
-            old[match.bias], new[nodes_now[match.bias]] = bias, bias
-        between = _between(match.x, match.bias, match.output, constants)
+        old = {**{m.x: x for m in bundle.matches}, **{n: plain(t) for n, t in constants.values.items()}}
+        new: dict[fx.Node, Any] = {nodes_now[plan.match.x]: x, **dict(zip(packed, lowered.packed, strict=False))}
+        for match in bundle.matches:
+            if match.bias is not None:
+                leaf, shape = bias_of(match), _bias_shape(match)
+                bias = None if leaf is None else constants.values.get(leaf)
+                if bias is None:
+                    bias = _random(shape, fake_value(match.bias))
+                # One for each row of the real x is more than the probe has rows.
+                bias = bias[tuple(slice(size) for size in shape)]
+                old[match.bias], new[nodes_now[match.bias]] = bias, bias
+        ends = {*(m.x for m in bundle.matches), *(m.bias for m in bundle.matches), bundle.other} - {None}
+        between = _between(ends, bundle.outputs, constants)
+        if bundle.other is not None:
+            other = _random([*x.shape[:-1], plan.match.n], fake_value(bundle.other))
+            old[bundle.other] = new[nodes_now[bundle.other]] = other
         with _autocast_of(plan):
-            wanted = _run(module, between, old)[match.output]
-        got = _run(lowered.module, nodes, new)[result]
-        if got.shape != wanted.shape:
-            raise Broken(plan, f"the lowered matmul gives {tuple(got.shape)}, not {tuple(wanted.shape)}")
-        # Half precision may overflow, in either: that is no matter of wiring.
-        finite = got.isfinite() & wanted.isfinite()
-        difference = (got.double() - wanted.double())[finite].norm()
+            before = _run(module, between, old)
+        after = _run(lowered.module, nodes, new)
         # Miswired, they differ by about the size of either; rounded, by 1 % of what is added up to give them.
-        added_up = x.double().norm() * sum(dequantize(w).square().mean(1).sum() for w in match.recovered.weights) ** 0.5
-        if not bool(difference <= 0.05 * wanted.double()[finite].norm() + 0.02 * added_up + 1e-6):
-            raise Broken(plan, f"the lowered matmul differs from the original by {float(difference):.3g}")
+        squares = (dequantize(w).square().mean(1).sum() for m in bundle.matches for w in m.recovered.weights)
+        added_up = x.double().norm() * sum(squares) ** 0.5
+        for output, result in zip(bundle.outputs, results, strict=True):
+            wanted, got = before[output], after[result]
+            if got.shape != wanted.shape:
+                raise Broken(plan, f"the lowered matmul gives {tuple(got.shape)}, not {tuple(wanted.shape)}")
+            # Half precision may overflow, in either: that is no matter of wiring.
+            finite = got.isfinite() & wanted.isfinite()
+            difference = (got.double() - wanted.double())[finite].norm()
+            if not bool(difference <= 0.05 * wanted.double()[finite].norm() + 0.02 * added_up + 1e-6):
+                raise Broken(plan, f"the lowered matmul differs from the original by {float(difference):.3g}")
 
 
 def _random_x(plan: Plan) -> Tensor:
@@ -92,9 +105,9 @@ def _random(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
-def _bias_shape(plan: Plan) -> list[int]:
+def _bias_shape(match: Match) -> list[int]:
     """The shape of a bias for a probe of few rows: full along the weight's dimensions, 1 along the rows."""
-    match, r = plan.match, plan.match.roles
+    r = match.roles
     assert match.bias is not None
     shape = fake_value(match.bias).shape
     labels = r.n if match.contraction.bias_along_n else r.y_labels[len(r.y_labels) - len(shape) :]
@@ -111,18 +124,18 @@ def _autocast_of(plan: Plan) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _between(x: fx.Node, bias: fx.Node | None, output: fx.Node, constants: Constants) -> list[fx.Node]:
-    """The nodes that compute `output` from x, the bias and constants, in program order."""
-    wanted, stack = {output}, [output]
+def _between(ends: Collection[fx.Node | None], outputs: Sequence[fx.Node], constants: Constants) -> list[fx.Node]:
+    """The nodes that compute `outputs` from the nodes `ends` and constants, in program order."""
+    wanted, stack = set(outputs), list(outputs)
     while stack:
         node = stack.pop()
         for operand in node.all_input_nodes:
             # As this node reads it: what is written into a constant before, too.
             for source in constants.slice(operand, node).nodes if operand in constants else (operand,):
-                if source not in wanted and source not in (x, bias) and source not in constants.values:
+                if source not in wanted and source not in ends and source not in constants.values:
                     wanted.add(source)
                     stack.extend([] if operand in constants else [source])
-    return [n for n in output.graph.nodes if n in wanted]
+    return [n for n in outputs[0].graph.nodes if n in wanted]
 
 
 def _run(module: fx.GraphModule, nodes: Sequence[fx.Node], env: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from lqcompile.formats import GROUPED
 from lqcompile.kernels import registry
+from lqcompile.kernels.epilogues import outputs
 from lqcompile.kernels.layout import LAYOUTS
 from lqcompile.kernels.registry import Call
 from lqcompile.types import Format, QWeight
@@ -112,9 +113,13 @@ class Problem:
     def normal(self, *shape: int, seed: int = 0) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, self.x_dtype)
 
-    def run(self, kernel: str, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        out = x.new_full((x.shape[0], self.call.n), float("nan"))
-        registry.discover()[kernel].run(x, self.parts, bias, self.call, out)
+    def run(
+        self, kernel: str, x: torch.Tensor, bias: torch.Tensor | None = None, other: torch.Tensor | None = None,
+        epilogue: str = "",
+    ) -> torch.Tensor:  # fmt: skip
+        out = x.new_full((x.shape[0], outputs(epilogue, self.call.n)), float("nan"))
+        call = dataclasses.replace(self.call, epilogue=epilogue)
+        registry.discover()[kernel].run(x, self.parts, bias, call, out, *([other] if epilogue else []))
         return out
 
 

@@ -21,7 +21,7 @@ from lqcompile.types import Format
 from .conftest import NO_CUDA
 from .cuda_cases import BFLOAT, CASES, DEVICE, HALF, KERNELS, KS, MAIN, NS, SPREAD, changed, problem, refusal
 from .test_formats import SEEDS, make
-from .test_ops import FORMS, within_bound
+from .test_ops import FORMS, arguments, within_bound
 
 pytestmark = NO_CUDA
 # Kernels of which one launch does it all, up to so many rows of x: nothing else is allocated, and no bit depends on
@@ -190,6 +190,29 @@ def test_nothing_beyond_its_tensors_is_read_or_written(kernel, layout, case, dat
 
 
 @each_kernel
+@pytest.mark.parametrize("case", [case for case in SPREAD if case.zero != "none"], ids=str)
+@pytest.mark.parametrize("epilogue", ["silu_mul", "add"])
+@given(
+    data=st.data(), n=st.sampled_from([16, 48, 272, 1040]), biased=st.booleans(), shift=st.sampled_from([0, 1, 8]),
+    seed=SEEDS,
+)  # fmt: skip
+def test_what_follows_the_product_is_within_its_bound(kernel, layout, case, epilogue, data, n, biased, shift, seed):
+    m, k = data.draw(st.sampled_from(case.ms)), data.draw(st.sampled_from(KS[case.group]))
+    if refusal(kernel, layout, case, k) is not None:
+        return
+    p, spec = problem(kernel, layout, case, n, k, seed), registry.discover()[kernel]
+    x, bias = p.drawn(Random(seed), m), p.normal(n, seed=seed) if biased else None
+    other = p.normal(m, n, seed=seed + 1) if epilogue == "add" else None
+    y = p.run(kernel, x, bias, other, epilogue)
+    assert within_bound(y, x, p.w, bias, spec.rounding(p.call, x.dtype), epilogue, other)
+    held = [guarded(t, 2 * shift) for t in (torch.full_like(y, float("nan")), *([other] if epilogue == "add" else []))]
+    call = dataclasses.replace(p.call, epilogue=epilogue)
+    spec.run(x, p.parts, bias, call, held[0][0], held[1][0] if epilogue == "add" else None)
+    assert all(bool((raw[: at.start] == 0xFF).all()) and bool((raw[at.stop :] == 0xFF).all()) for _, raw, at in held)
+    assert same(held[0][0], y) or not in_one_launch(kernel, m)
+
+
+@each_kernel
 @each_form
 def test_a_captured_call_is_replayed_with_new_inputs_and_weights(kernel, layout, case):
     m, n, k = max(case.ms), 100, KS[case.group][-1]
@@ -281,7 +304,7 @@ def test_each_launch_sees_what_the_one_before_it_wrote(kernel, layout, case):
 def test_the_op_under_cuda_graphs_of_inductor(kernel, layout):
     ops.register_lowerings()
     p = problem(kernel, layout, MAIN, 100, 384)
-    op, parts, bias, rest = ops.GEMMS[layout], p.parts, p.normal(100), (100, 384, p.w.format.spec, kernel)
+    op, parts, bias, rest = ops.GEMMS[layout], p.parts, p.normal(100), arguments(p.w, layout, kernel)
 
     def f(x: torch.Tensor) -> torch.Tensor:
         return op(x.relu(), parts, bias, *rest) + 1
@@ -309,7 +332,7 @@ def test_parts_elsewhere_or_out_of_line_are_named(kernel, layout, case):
                 with pytest.raises(ArgumentError, match=f"parts.{name}"):
                     spec.run(x, parts, None, p.call, torch.empty_like(plain))
             try:
-                y = ops.GEMMS[layout](x, parts, None, n, k, p.w.format.spec, kernel)
+                y = ops.GEMMS[layout](x, parts, None, *arguments(p.w, layout, kernel))
             except ArgumentError as error:
                 # Where the first part is tells what the others should be.
                 assert f"parts.{name}" in str(error) or (i == 0 and part is not away)
@@ -339,7 +362,7 @@ def test_empty_weights(layout, n, k):
     parts = LAYOUTS[layout].pack(w)
     assert ops.DEQUANTIZE(parts, layout, n, k, format.spec, HALF).shape == (n, k)
     for name in (name for name, stored in KERNELS if stored == layout):
-        y = ops.GEMMS[layout](torch.ones((3, k), dtype=HALF, device=DEVICE), parts, None, n, k, format.spec, name)
+        y = ops.GEMMS[layout](torch.ones((3, k), dtype=HALF, device=DEVICE), parts, None, *arguments(w, layout, name))
         assert y.shape == (3, n) and not y.any()
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lqcompile.errors import ArgumentError
 from lqcompile.formats import bound, code_range, dequantize
 from lqcompile.kernels import ops, registry
+from lqcompile.kernels.epilogues import EPILOGUES, by_turns
 from lqcompile.kernels.layout import LAYOUTS
 from lqcompile.kernels.registry import X_DTYPES, Call
 from lqcompile.types import SCALE_DTYPES, Format, QWeight, Rounding
@@ -74,7 +75,10 @@ def random_x(random: Random, m: int, k: int, dtype: torch.dtype, device: torch.d
     return x.to(device, dtype)
 
 
-def within_bound(y: torch.Tensor, x: torch.Tensor, w: QWeight, bias: torch.Tensor | None, rounding: Rounding) -> bool:
+def within_bound(
+    y: torch.Tensor, x: torch.Tensor, w: QWeight, bias: torch.Tensor | None, rounding: Rounding,
+    epilogue: str = "", other: torch.Tensor | None = None,
+) -> bool:  # fmt: skip
     """Whether every element of `y` is, but for those that its dtype cannot hold."""
     x64, w64 = x.double(), dequantize(w)
     y64 = x64 @ w64.T + (0 if bias is None else bias.double())
@@ -83,6 +87,18 @@ def within_bound(y: torch.Tensor, x: torch.Tensor, w: QWeight, bias: torch.Tenso
         # A sum may start from the bias: then each step rounds what contains it.
         allowed += (rounding.out + 8 * x.shape[1] ** 0.5 * rounding.accumulate) * bias.double().abs()
     overflow = y64.abs() > torch.finfo(y.dtype).max * 0.99
+    if epilogue == "add":
+        y64 = y64 + other.double()
+        allowed += rounding.out * (y64.abs() + allowed)
+    if epilogue == "silu_mul":
+        (gate, up), (off_gate, off_up), over = (t.unflatten(1, (-1, 2, 8)).unbind(2) for t in (y64, allowed, overflow))
+        # Of what it is given, silu makes at most 1.1 times the difference.
+        opened = torch.nn.functional.silu(gate)
+        y64 = (opened * up).flatten(1)
+        allowed = (1.1 * off_gate * (up.abs() + off_up) + opened.abs() * off_up).flatten(1)
+        allowed += (rounding.out + 2.0**-20) * y64.abs() + 2.0**-24
+        overflow = (over[0] | over[1]).flatten(1)
+    overflow |= y64.abs() > torch.finfo(y.dtype).max * 0.99
     return bool((((y.double() - y64).abs() <= allowed) | overflow).all())
 
 
@@ -90,8 +106,10 @@ def op_of(layout: str):
     return ops.GEMMS[layout]
 
 
-def arguments(w: QWeight, layout: str, kernel: str) -> tuple:
-    return w.n, w.k, w.format.spec, kernel
+def arguments(
+    w: QWeight, layout: str, kernel: str, epilogue: str = "", other: torch.Tensor | None = None
+) -> tuple[torch.Tensor | None, int, int, str, str, str]:
+    return other, w.n, w.k, w.format.spec, epilogue, kernel
 
 
 shapes = st.tuples(
@@ -117,10 +135,12 @@ def test_every_element_is_within_the_bound(kernel, layout, form, zero, device, s
     parts = LAYOUTS[layout].pack(w)
     x = random_x(random, m, k, dtype, device)
     bias = torch.randn(n).to(device, dtype) if random.random() < 0.5 else None
-    y = op_of(layout)(x, parts, bias, *arguments(w, layout, kernel))
-    assert within_bound(y, x, w, bias, spec.rounding(call, dtype))
-    again = op_of(layout)(x, parts, bias, *arguments(w, layout, kernel))
-    assert torch.equal(y, again) or not spec.deterministic
+    epilogue = random.choice([e for e in EPILOGUES if n % 16 == 0 or e != "silu_mul"])
+    other = random_x(random, m, n, dtype, device) if epilogue == "add" else None
+    rest = arguments(w, layout, kernel, epilogue, other)
+    y = op_of(layout)(x, parts, bias, *rest)
+    assert within_bound(y, x, w, bias, spec.rounding(call, dtype), epilogue, other)
+    assert torch.equal(y, op_of(layout)(x, parts, bias, *rest)) or not spec.deterministic
 
 
 @pytest.mark.parametrize(("kernel", "layout"), KERNELS)
@@ -191,9 +211,12 @@ def test_empty_problems(layout, device):
     bias = torch.randn(6, device=device)
     parts = LAYOUTS[layout].pack(none)
     assert torch.equal(
-        op_of(layout)(torch.randn(2, 0, device=device), parts, bias, 6, 0, f.spec, "dense"), bias.expand(2, 6)
+        op_of(layout)(torch.randn(2, 0, device=device), parts, bias, *arguments(none, layout, "dense")),
+        bias.expand(2, 6),
     )
-    assert not op_of(layout)(torch.randn(2, 0, device=device), parts, None, 6, 0, f.spec, "dense").any()
+    x, more = torch.randn(2, 0, device=device), torch.randn(2, 6, device=device)
+    assert not op_of(layout)(x, parts, None, *arguments(none, layout, "dense")).any()
+    assert torch.equal(op_of(layout)(x, parts, bias, *arguments(none, layout, "dense", "add", more)), bias + more)
 
 
 def test_strides_offsets_and_alignment(device):
@@ -229,12 +252,18 @@ def broken_calls():
     yield "planes.stride", (x, [torch.stack([parts[0]] * 2, -1)[..., 0], *parts[1:]], bias, *rest)
     yield "parts", (x, parts[:2], bias, *rest)
     yield "parts", (x, [], bias, *rest)
-    yield "planes", (x, parts, bias, 17, *rest[1:])
-    yield "group", (x, parts, bias, 6, 25, *rest[2:])
-    yield "format", (x, parts, bias, 6, 24, "affine:4", "dense")
-    yield "bits", (x, parts, bias, 6, 24, "affine:9:8:int:float16", "dense")
-    yield "route", (x, parts, bias, *rest[:3], "fastest")
-    yield "route", (x, parts, bias, *rest[:3], "dense@8")
+    yield "planes", (x, parts, bias, None, 17, *rest[2:])
+    yield "group", (x, parts, bias, None, 6, 25, *rest[3:])
+    yield "format", (x, parts, bias, None, 6, 24, "affine:4", "", "dense")
+    yield "bits", (x, parts, bias, None, 6, 24, "affine:9:8:int:float16", "", "dense")
+    yield "route", (x, parts, bias, *rest[:5], "fastest")
+    yield "route", (x, parts, bias, *rest[:5], "dense@8")
+    yield "epilogue", (x, parts, bias, *rest[:4], "relu", "dense")
+    yield "other", (x, parts, bias, *rest[:4], "add", "dense")
+    yield "other", (x, parts, bias, torch.randn(3, 6), *rest[1:])
+    yield "other", (x, parts, bias, torch.randn(1, 6), *rest[1:4], "add", "dense")
+    yield "other", (x, parts, bias, torch.randn(3, 6).half(), *rest[1:4], "add", "dense")
+    yield "multiple of 16", (x, parts, bias, *rest[:4], "silu_mul", "dense")
     yield "device", (x.to("meta"), parts, bias, *rest)
 
 
@@ -257,19 +286,40 @@ def test_opcheck(layout, shape, device):
     ):
         bias = torch.randn(6, device=device)
         torch.library.opcheck(op_of(layout), (x, parts, bias, *arguments(w, layout, "dense")))
+        other = torch.randn((*shape[:-1], 6), device=device)
+        torch.library.opcheck(op_of(layout), (x, parts, bias, *arguments(w, layout, "dense", "add", other)))
     torch.library.opcheck(ops.DEQUANTIZE, (parts, layout, 6, 24, w.format.spec, torch.float16))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_are_those_of_the_dense_weight(layout, device):
-    w, _ = simple(device)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradients_are_those_of_the_dense_weight(layout, epilogue, biased, device):
+    w, _ = simple(device, n=48)
     parts, dense = LAYOUTS[layout].pack(w), dequantize(w, torch.float32)
     x = torch.randn(2, 3, 24, device=device, requires_grad=True)
-    bias = torch.randn(6, device=device, requires_grad=True)
-    grad = torch.randn(2, 3, 6, device=device)
-    op_of(layout)(x, parts, bias, *arguments(w, layout, "dense")).backward(grad)
-    assert torch.allclose(x.grad, grad @ dense, rtol=1e-4, atol=1e-4)
-    assert torch.allclose(bias.grad, grad.sum((0, 1)), rtol=1e-4, atol=1e-4)
+    bias = torch.randn(48, device=device, requires_grad=True) if biased else None
+    other = torch.randn(2, 3, 48, device=device, requires_grad=True) if epilogue == "add" else None
+    y = op_of(layout)(x, parts, bias, *arguments(w, layout, "dense", epilogue, other))
+    plain = torch.nn.functional.linear(x, dense, bias)
+    if epilogue == "add":
+        plain = plain + other
+    if epilogue == "silu_mul":
+        gate, up = plain.unflatten(-1, (-1, 2, 8)).unbind(-2)
+        plain = (torch.nn.functional.silu(gate) * up).flatten(-2)
+    assert torch.allclose(y, plain, rtol=1e-4, atol=1e-4)
+    given_ = [t for t in (x, bias, other) if t is not None]
+    grad = torch.randn_like(plain)
+    found, wanted = (torch.autograd.grad(result, given_, grad) for result in (y, plain))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(found, wanted, strict=True))
+
+
+@given(n=st.integers(1, 20).map(lambda i: 16 * i))
+def test_gate_and_up_come_by_turns(n):
+    rows = by_turns(n)
+    assert torch.equal(rows.sort().values, torch.arange(n))
+    gate, up = rows.view(-1, 2, 8).unbind(1)
+    assert torch.equal(gate.flatten(), torch.arange(n // 2)) and torch.equal(up, gate + n // 2)
 
 
 def test_inductor_calls_the_launcher_directly():

@@ -17,7 +17,7 @@ from ...errors import Reason, Refused
 from ...formats import narrowest
 from ...types import Format, QWeight
 from ..algebra import Form, Term
-from ..deferred import held, part
+from ..deferred import Block, held
 from ..evaluate import Weight
 from ..grouping import SMALLEST
 from . import affine
@@ -31,7 +31,7 @@ GROUPS = (256, 128, 64, 32, 16, 8)
 def read(weight: Weight) -> QWeight:
     """Evenly spaced values first, then the table that stores the least; the largest groups among equals."""
     n, k = weight.shadow.shape
-    some = part(weight.shadow, 0, min(n, SOME), {})
+    some = Block().part(weight.shadow, 0, min(n, SOME))
     # To sort all would take seconds: a few rows tell most that are no such weight.
     sizes = [g for g in (k, *(g for g in GROUPS if g < k and k % g == 0)) if _few(some, g)]
     w = held(weight.shadow) if sizes else some

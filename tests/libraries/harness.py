@@ -103,10 +103,12 @@ def measure(name: str, make: Make) -> Row:
 def _against_float64(plan: Plan) -> float:
     """The worst error of the planned kernel over its bound, for some rows of x."""
     worst, dtype = 0.0, plan.match.dtype
-    for packed, w in zip(plan.packed, plan.match.recovered.weights, strict=True):
+    for packed, w in zip(plan.packed, plan.weights, strict=True):
         x = torch.randn(5, w.k, generator=torch.Generator().manual_seed(0)).to(dtype)
         fed = x if packed.perm is None else x[:, packed.perm]
-        y = ops.GEMMS[plan.layout](fed, packed.parts, None, packed.n, packed.k, packed.format.spec, plan.route)
+        y = ops.GEMMS[plan.layout](
+            fed, packed.parts, None, None, packed.n, packed.k, packed.format.spec, "", plan.route
+        )
         call = registry.Call(plan.layout, packed.format, packed.n, packed.k)
         rounding = registry.discover()[plan.pieces[0].kernel].rounding(call, dtype)
         w64 = dequantize(w)
