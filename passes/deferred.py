@@ -118,7 +118,7 @@ def unrepeated(t: Tensor) -> tuple[Tensor, int]:
         op, source = wide.late.op, wide.late.op.args[0]
         if op.name == "expand" and wide.ndim > 1 and source.ndim and source.shape[-1] == 1 < wide.shape[-1]:
             repeat, rows = wide.shape[-1], source.expand(*wide.shape[:-1], 1)
-            if t.shape[1] % repeat == 0 and rows.numel() < LEAST:
+            if t.shape[1] % repeat == 0:
                 return held(rows).reshape(t.shape[0], t.shape[1] // repeat), repeat
         if op.name not in {*RESHAPE, "squeeze", "unsqueeze", "select", "expand"} or source.numel() != t.numel():
             break
@@ -127,22 +127,31 @@ def unrepeated(t: Tensor) -> tuple[Tensor, int]:
 
 
 def codes_of(t: Tensor, shape: Sequence[int]) -> tuple[Tensor, int, int]:
-    """Integers broadcast to `shape`, whole, in the narrowest of int8, uint8 and int16 that holds them, and their range.
+    """Integers broadcast to `shape`, in the narrowest of int8, uint8 and int16 that holds them, and their range.
 
-    Where none does, int16 holds them cut off; the range tells.
+    A tensor of its own. Where none holds them int16 has them cut off; the range tells.
     """
     t = t.expand(shape)
     if t.numel() == 0:
-        return held(t).to(torch.uint8), 0, 0
-    narrow = t.dtype in (torch.int8, torch.uint8, torch.int16)
-    out = torch.empty(t.shape, dtype=t.dtype if narrow else torch.int16, device=t.device)
-    extremes: list[Tensor] = []
+        return torch.empty(t.shape, dtype=torch.uint8, device=t.device), 0, 0
+    # What is cut off of 8 bits does not matter if, read as signed or not, they hold the range.
+    out, least, most = _cut_to(t, torch.int8)
+    if least >= -128 and most <= 127:
+        return out, least, most
+    if least >= 0 and most <= 255:
+        return out.view(torch.uint8), least, most
+    return _cut_to(t, torch.int16)
+
+
+def _cut_to(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, int]:
+    """Integers cut to so many bits, and the range that they had."""
+    out, extremes = torch.empty(t.shape, dtype=dtype, device=t.device), []
     for low, high in spans(t):
-        block = out[low:high].copy_(some := Block().part(t, low, high))
-        extremes += torch.aminmax(block if narrow else some)
-    least, most = (int(extreme) for extreme in torch.aminmax(torch.stack(extremes).to(torch.int64)))
-    tight = torch.int8 if least >= -128 and most <= 127 else torch.uint8 if least >= 0 and most <= 255 else out.dtype
-    return out if narrow else out.to(tight), least, most
+        some = Block().part(t, low, high)
+        out[low:high] = some
+        extremes += torch.aminmax(some)
+    least, most = torch.aminmax(torch.stack(extremes))
+    return out, int(least), int(most)
 
 
 def block_size(t: Tensor) -> int:

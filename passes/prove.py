@@ -81,7 +81,8 @@ class Reader:
             except ArgumentError as error:
                 refusals.append((name, Refused(Reason.PROOF_FAILED, str(error)[:200])))
             except Refused as refusal:
-                refusals.append((name, refusal))
+                # What it was raised from holds what was tried, as large as the weight.
+                refusals.append((name, refusal.with_traceback(None)))
             else:
                 self._rules[key] = name
                 return name, qweight, proof

@@ -54,7 +54,8 @@ def _finish(
     name = narrowest(scale)
     code_dtype = torch.int8 if zero == "none" else torch.uint8
     format = Format("affine", bits, groups.size, zero, name)
-    codes = codes.reshape(n, k).to(code_dtype)
+    # Codes that both types hold are the same bits in either.
+    codes = codes.reshape(n, k).view(code_dtype) if codes.dtype.itemsize == 1 else codes.reshape(n, k).to(code_dtype)
     return QWeight(format, n, k, codes, scale=scale, zero=zeros, perm=groups.perm)
 
 
@@ -76,8 +77,9 @@ def _integer(codes: Tensor, scale: Tensor, groups: Groups, n: int, k: int) -> QW
 
 
 def _counted_from(codes: Tensor, low: Tensor) -> Tensor:
-    """codes - low for each group, which are 0 to 255: what is cut off on the way there does not matter."""
-    return codes.to(torch.uint8) - low.to(torch.uint8).unsqueeze(-1)
+    """codes - low for each group, in place if it can be; they are 0 to 255, so what is cut off does not matter."""
+    codes = codes.view(torch.uint8) if codes.dtype == torch.int8 else codes.to(torch.uint8)
+    return codes.sub_(low.to(torch.uint8).unsqueeze(-1))
 
 
 def _shifted(codes: Tensor, scale: Tensor, shift: Tensor, groups: Groups, n: int, k: int) -> QWeight:
