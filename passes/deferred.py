@@ -145,7 +145,8 @@ def codes_of(t: Tensor, shape: Sequence[int]) -> tuple[Tensor, int, int]:
 
 def _cut_to(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, int]:
     """Integers cut to so many bits, and the range that they had."""
-    out, extremes = torch.empty(t.shape, dtype=dtype, device=t.device), []
+    out = torch.empty(t.shape, dtype=dtype, device=t.device)
+    extremes: list[Tensor] = []
     for low, high in spans(t):
         some = Block().part(t, low, high)
         out[low:high] = some
@@ -240,17 +241,20 @@ def _result(op: Operation) -> Tensor | None:
         return (x.dtype, x.shape, x.stride()) if isinstance(x, Tensor) else (type(x), x)
 
     key = (op.func, told(op.args), *((name, told(value)) for name, value in op.kwargs.items()))
-    if key not in _RESULTS:
+    found = _RESULTS.get(key, _UNKNOWN)
+    if found is _UNKNOWN:
         args, kwargs = op.map(lambda x: _stand_in(x) if isinstance(x, Tensor) else x)
-        found = op.func(*args, **({**kwargs, "device": "meta"} if kwargs.get("device") is not None else kwargs))
+        out = op.func(*args, **({**kwargs, "device": "meta"} if kwargs.get("device") is not None else kwargs))
+        found = out if isinstance(out, Tensor) else None
         if len(_RESULTS) > 4096:
             _RESULTS.clear()
-        _RESULTS[key] = found if isinstance(found, Tensor) else None
-    return _RESULTS[key]
+        _RESULTS[key] = found
+    return found
 
 
 # To find it takes as long as a small operation does, and equal layers ask for the same.
 _RESULTS: dict[Any, Tensor | None] = {}
+_UNKNOWN = torch.empty(0, device="meta")
 
 
 def _whole(op: Operation) -> Any:

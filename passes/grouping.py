@@ -34,7 +34,11 @@ class Groups:
             return held(t).expand(n, k // self.size).contiguous()
         t, repeat = unrepeated(t) if self.perm is None else (t, 1)
         first = slice(None, None, self.size // repeat) if self.perm is None else self.perm[:: self.size]
-        return torch.cat([block[:, first].clone() for block in _blocks(t)]) if t.numel() else t.new_empty((n, k // self.size))
+        return (
+            torch.cat([block[:, first].clone() for block in _blocks(t)])
+            if t.numel()
+            else t.new_empty((n, k // self.size))
+        )
 
 
 def _blocks(t: Tensor) -> Iterator[Tensor]:

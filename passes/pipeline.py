@@ -50,13 +50,13 @@ def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config, device: D
     outcome = Outcome()
     values = static_values(module, inputs)
     few = max((w.numel() for w in values.values() if not w.is_floating_point()), default=0) < 1 << 22
-    with _one_thread(few):
+    with one_thread(few):
         _run(outcome, module, values, config, device)
     return outcome
 
 
 @contextlib.contextmanager
-def _one_thread(wanted: bool = True) -> Iterator[None]:
+def one_thread(wanted: bool = True) -> Iterator[None]:
     """One thread for small operations: to start others for each costs more, 30 times on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if wanted else before)
@@ -72,8 +72,8 @@ def _run(
     found = outcome.found
     try:
         constants = outcome.constants = Constants(module.graph, values)
-        recogniser = Recogniser(module, constants, config.strict)
-        with _one_thread():
+        recogniser = Recogniser(module, constants, config.strict, threads=torch.get_num_threads())
+        with one_thread():
             found += _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
         outcome.analysed = recogniser.reader.analysed
         plans, refused = _timed(outcome, "plan", lambda: _plan(found, constants, config, device), lambda p: len(p[0]))

@@ -42,12 +42,17 @@ class Recovered:
 class Reader:
     """Asks the idioms. Slices of equal structure, by `key`, first try the one that read the first of them.
 
-    `analysed` counts the structures. Holds no tensor: what it makes may outlive the graph.
+    Holds no tensor: what it makes may outlive the graph.
     """
 
-    analysed: int = 0
+    _analysed: set[str] = field(default_factory=set)
     _rules: dict[str, str] = field(default_factory=dict)
     _hopeless: set[str] = field(default_factory=set)
+
+    @property
+    def analysed(self) -> int:
+        """How many structures were read."""
+        return len(self._analysed)
 
     def read(
         self, weights: Sequence[Weight], sources: Sequence[Tensor], key: str, misses: list[NearMiss],
@@ -66,8 +71,7 @@ class Reader:
 
     def _first(self, weight: Weight, key: str, misses: list[NearMiss]) -> tuple[str, QWeight, str]:
         known = self._rules.get(key)
-        if known is None:
-            self.analysed += 1
+        self._analysed.add(key)
         order: list[ModuleType] = sorted(idioms.discover(), key=lambda module: idioms.name_of(module) != known)
         if key in self._hopeless:
             # The values of an equal slice gave nothing; to search these too would take seconds a layer.

@@ -6,13 +6,15 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from torch import nn
 
-from lqcompile.passes import deferred
+from lqcompile.formats import dequantize
+from lqcompile.passes import deferred, recognise
 from lqcompile.passes.constants import Constants
 from lqcompile.passes.deferred import Block, Deferred, codes_of, defer, held, spans
 from lqcompile.passes.evaluate import undisturbed
 from lqcompile.passes.pipeline import static_values
-from lqcompile.passes.recognise import Match, Recogniser
+from lqcompile.passes.recognise import Kept, Match, Recogniser
 
 from .fuzz import judge
 from .libraries.harness import measure
@@ -43,6 +45,7 @@ def test_every_spelling_by_blocks(name, small_blocks):
 @pytest.mark.parametrize("kind", ["dressings", "mutations"])
 @hypothesis.settings(
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    max_examples=4,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(seed=st.integers(0, 2**60))
@@ -114,19 +117,19 @@ def test_codes_are_held_in_the_narrowest_type(low, span, dtype):
     t = torch.randint(low, low + span + 1, (7, 9), dtype={"i4": torch.int32, "i8": torch.int64}[dtype])
     codes, least, most = codes_of(t, (7, 9))
     assert (least, most) == (int(t.min()), int(t.max()))
-    if -(2**15) <= least and most < 2**15:
+    if least >= -(2**15) and most < 2**15:
         assert torch.equal(codes.to(t.dtype), t)
         assert codes.dtype.itemsize == 1 or least < -128 or most > 255 or least < 0 <= 127 < most
 
 
-def recogniser(model, x):
+def recogniser(model, x, threads=1):
     """A recogniser that is ready to run on a model's graph."""
     kept = []
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(model, backend=lambda module, inputs: kept.append((module, inputs)) or module.forward)(x)
     module, inputs = kept[-1]
-    return Recogniser(module, Constants(module.graph, static_values(module, inputs)), strict=True)
+    return Recogniser(module, Constants(module.graph, static_values(module, inputs)), strict=True, threads=threads)
 
 
 def test_recognising_needs_less_than_one_dense_layer():
@@ -152,3 +155,42 @@ def test_how_often_the_device_is_waited_for_does_not_grow_with_the_weight(monkey
         waits = ("aten::item", "aten::_local_scalar_dense", "aten::equal", "aten::nonzero")
         counts.append(sum(e.count for e in profile.key_averages() if e.key in waits))
     assert counts[0] == counts[1] < 60
+
+
+class Several(nn.Module):
+    """Layers of two structures, one that is used twice, one with NaN among its scales and a float one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Dequant(64, 64, 32, seed) for seed in range(5)])
+        self.layers.extend([Dequant(64, 64, 16), nn.Linear(64, 64), self.layers[0]])
+        self.layers[3].scale.data[5] = torch.nan
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_several_threads_find_what_one_does(monkeypatch):
+    monkeypatch.setattr(recognise, "READ_AHEAD", 1)
+
+    ahead, pool = [], recognise.ThreadPoolExecutor
+    monkeypatch.setattr(recognise, "ThreadPoolExecutor", lambda threads: ahead.append(threads) or pool(threads))
+
+    def told(threads):
+        ready = recogniser(Several().eval(), torch.randn(3, 64), threads)
+        found = ready.run()
+        assert ready.reader.analysed == 2
+        return found
+
+    one, several = told(1), told(2)
+    assert ahead == [2]
+    assert [type(f) for f in one] == [Match] * 3 + [Kept] + [Match] * 2 + [Kept] + [Match]
+    for a, b in zip(one, several, strict=True):
+        assert (type(a), a.where.path) == (type(b), b.where.path)
+        if isinstance(a, Kept):
+            assert (a.reason, a.near_misses) == (b.reason, b.near_misses)
+        else:
+            assert torch.equal(dequantize(a.recovered.weights[0]), dequantize(b.recovered.weights[0]))
+    assert several[0].recovered is several[-1].recovered
