@@ -19,6 +19,12 @@ _OTHERS = {"cat", "stack", "index", "view_dtype", "sum"}
 WHOLE = {"equal", "all", "any", "min", "max", "amin", "amax", "aminmax"}
 
 
+# What has a form that writes its result over the first operand; new memory costs more than the arithmetic.
+_OVER = {"add", "sub", "mul", "div"}
+# What makes a tensor of its own, whatever it is given.
+FRESH = {*_OVER, "_to_copy"}
+
+
 class Block(Protocol):
     """What gives parts of the operands while a block is computed."""
 
@@ -27,6 +33,9 @@ class Block(Protocol):
 
     def whole(self, t: Tensor) -> Tensor:
         """All of an operand."""
+
+    def spare(self, t: Tensor) -> bool:
+        """Whether a part that was just given is read by nobody else, and may be written to."""
 
 
 # What computes the places from low to high.
@@ -51,7 +60,7 @@ def kind(op: Operation) -> str:
 
 def _elementwise(op: Operation, t: Tensor, axis: int) -> Maker:
     """Each operand is cut where it is not broadcast."""
-    kwargs = {name: value for name, value in op.kwargs.items() if name != "blockry_format"}
+    kwargs = {name: value for name, value in op.kwargs.items() if name != "memory_format"}
 
     def where(x: Any) -> int:
         at = axis - t.ndim + x.ndim if isinstance(x, Tensor) else -1
@@ -66,8 +75,14 @@ def _elementwise(op: Operation, t: Tensor, axis: int) -> Maker:
     def copied(low: int, high: int, block: Block) -> Tensor:
         return cut(1, low, high, block).to(t.dtype).expand(*t.shape[:axis], high - low, *t.shape[axis + 1 :])
 
+    first = op.args[0]
+    over = op.name in _OVER and op.func._overloadname == "Tensor" and (first.dtype, first.shape) == (t.dtype, t.shape)
+
     def make(low: int, high: int, block: Block) -> Tensor:
-        return op.func(*(cut(i, low, high, block) for i in range(len(places))), **kwargs)
+        operands = [cut(i, low, high, block) for i in range(len(places))]
+        if over and block.spare(first):
+            return getattr(operands[0], op.name + "_")(*operands[1:], **kwargs)
+        return op.func(*operands, **kwargs)
 
     return copied if op.name == "copy" else make
 

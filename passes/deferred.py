@@ -22,7 +22,7 @@ from .rules import RESHAPE, Operation
 # enough to keep it busy.
 LEAST = 1 << 17
 BLOCK = {"cpu": 1 << 17}
-BLOCK_ELSEWHERE = 1 << 22
+BLOCK_ELSEWHERE = 1 << 20
 
 _LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 
@@ -193,6 +193,12 @@ class Block:
         """All of a tensor."""
         return held(t)
 
+    def spare(self, t: Tensor) -> bool:
+        """Whether a part that was just given is read by nobody else, and may be written to."""
+        if not isinstance(t, Deferred) or t.late.op is None:
+            return False
+        return t.late.readers <= 1 and t.late.op.name in cuts.FRESH
+
 
 def _maker(t: Deferred, axis: int) -> cuts.Maker | None:
     late = t.late
@@ -207,8 +213,8 @@ def _postpone(op: Operation) -> Tensor | None:
     if not cuts.kind(op):
         return None
     first = next(t for t in op.tensors if isinstance(t, Deferred))
-    device = op.kwargs.get("device")
-    if device is not None and torch.device(device) != first.device:
+    device = torch.device(op.kwargs.get("device") or first.device)
+    if device.type != first.device.type or device.index not in (None, first.device.index):
         return None
     if any(t.device != first.device and t.ndim for t in op.tensors):
         return None

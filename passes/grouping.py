@@ -70,12 +70,20 @@ def find_groups(pieces: Sequence[Tensor], k: int) -> Groups:
     if size >= min(SMALLEST, k):
         return Groups(size, None)
     # Act-order: the columns of a group are scattered, but all its columns carry the same scales.
-    signature = torch.stack([_signature(p) for p in pieces if p.numel() > 1])
-    found, inverse, counts = torch.unique(signature, dim=1, return_inverse=True, return_counts=True)
-    size = math.gcd(k, *counts.tolist())
-    if size < SMALLEST or found.shape[1] == k:
-        raise Refused(Reason.GROUPS, f"groups of {size}")
+    varying = [p for p in pieces if p.numel() > 1]
+    size, inverse = _alike(varying)
+    if size < SMALLEST:
+        outputs = _alike([p.t() for p in varying])[0]
+        shared = f", each scale shared by {outputs} outputs instead" if outputs >= SMALLEST else ""
+        raise Refused(Reason.GROUPS, f"groups of {size}{shared}")
     return Groups(size, torch.argsort(inverse, stable=True))
+
+
+def _alike(pieces: Sequence[Tensor]) -> tuple[int, Tensor]:
+    """The size of equal groups into which the columns fall that are the same in every piece, and each one's group."""
+    signature = torch.stack([_signature(p) for p in pieces])
+    _, inverse, counts = torch.unique(signature, dim=1, return_inverse=True, return_counts=True)
+    return math.gcd(*counts.tolist()), inverse
 
 
 def _signature(t: Tensor) -> Tensor:
