@@ -26,7 +26,7 @@ from ..types import SCALE_DTYPES, Format, QWeight
 from . import pages
 
 # Codes that are packed at a time.
-PIECE = 1 << 22
+PIECE = 1 << 21
 
 
 @dataclass(frozen=True)

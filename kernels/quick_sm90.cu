@@ -22,6 +22,13 @@ constexpr int THREADS = WARPS * 32, HEIGHT = WARPS / 4 / WAYS, ROW_TILES = 2 * H
 constexpr int X_HALF = COLUMNS * 128, X_BLOCK = 2 * X_HALF;  // bytes of 64 inputs of all rows, and of 128
 constexpr int FLIGHT = COLUMNS < 128 ? 2 : 1;                // steps of 16 inputs that go to the tensor core together
 constexpr int SUMS = COLUMNS / 2;                            // of a thread
+// Whether each group's sums are scaled, and not its numbers: less work where a group has fewer sums than numbers, if another
+// set of sums finds room.
+constexpr bool LATE = COLUMNS <= 64;
+// The step at which the next block is opened. Early, tiles of 128 rows do not wait for its factors; smaller ones would wait for
+// memory, larger ones wait for the tensor core alone.
+constexpr bool EARLY = COLUMNS == 128 && GROUPS == 1;
+constexpr int OPEN_AT = EARLY ? 4 : 8 - FLIGHT;
 // Partial sums of an element, and how many of the sums a thread finds it adds up; rows of y that wait together to be stored.
 constexpr int PARTS = WAYS * SPLIT, OWN = (SUMS + 4 * PARTS - 1) / (4 * PARTS) * 4, OUT_ROWS = OWN < 16 ? 2 * OWN : 32;
 static_assert(2 * OWN % OUT_ROWS == 0, "a share of whole pieces");
@@ -32,8 +39,8 @@ constexpr int TILES_AT = STAGES * X_BLOCK, OUT_AT = TILES_AT + STAGES * W_STAGE,
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
-// sum += the 64 x 16 operand in registers times 16 inputs of COLUMNS rows of x.
-__device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u64 x) {
+// The 64 x 16 operand in registers times 16 inputs of COLUMNS rows of x, added to d, or in its place.
+__device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u64 x, int add) {
 #define LQ_KIND(N, T) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #T "." #T " "
 #define LQ_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define LQ_F16(i) LQ_F4(i), LQ_F4(i + 4), LQ_F4(i + 8), LQ_F4(i + 12)
@@ -43,23 +50,23 @@ __device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u64 x
 #define LQ_D32 LQ_D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define LQ_D64 LQ_D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define LQ_D128 LQ_D64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define LQ_WGMMA(N, D, A0, A1, A2, A3, X, ...)                                                                              \
+#define LQ_WGMMA(N, D, A0, A1, A2, A3, X, ADD, ...)                                                                         \
     if constexpr (XTYPE == HALF)                                                                                            \
-        asm volatile(LQ_KIND(N, f16) D "}, {" A0 "," A1 "," A2 "," A3 "}, " X ", 1, 1, 1, 0;"                               \
-                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));                                   \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; " LQ_KIND(N, f16) D "}, {" A0 "," A1 "," A2 "," A3 "}, "    \
+                     X ", p, 1, 1, 0;}" : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(add));      \
     else                                                                                                                    \
-        asm volatile(LQ_KIND(N, bf16) D "}, {" A0 "," A1 "," A2 "," A3 "}, " X ", 1, 1, 1, 0;"                              \
-                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; " LQ_KIND(N, bf16) D "}, {" A0 "," A1 "," A2 "," A3 "}, "   \
+                     X ", p, 1, 1, 0;}" : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(add));
 #if LQ_ROWS == 16
-    LQ_WGMMA(16, LQ_D8, "%8", "%9", "%10", "%11", "%12", LQ_F4(0), LQ_F4(4))
+    LQ_WGMMA(16, LQ_D8, "%8", "%9", "%10", "%11", "%12", "%13", LQ_F4(0), LQ_F4(4))
 #elif LQ_ROWS == 32
-    LQ_WGMMA(32, LQ_D16, "%16", "%17", "%18", "%19", "%20", LQ_F16(0))
+    LQ_WGMMA(32, LQ_D16, "%16", "%17", "%18", "%19", "%20", "%21", LQ_F16(0))
 #elif LQ_ROWS == 64
-    LQ_WGMMA(64, LQ_D32, "%32", "%33", "%34", "%35", "%36", LQ_F16(0), LQ_F16(16))
+    LQ_WGMMA(64, LQ_D32, "%32", "%33", "%34", "%35", "%36", "%37", LQ_F16(0), LQ_F16(16))
 #elif LQ_ROWS == 128
-    LQ_WGMMA(128, LQ_D64, "%64", "%65", "%66", "%67", "%68", LQ_F64(0))
+    LQ_WGMMA(128, LQ_D64, "%64", "%65", "%66", "%67", "%68", "%69", LQ_F64(0))
 #else
-    LQ_WGMMA(256, LQ_D128, "%128", "%129", "%130", "%131", "%132", LQ_F64(0), LQ_F64(64))
+    LQ_WGMMA(256, LQ_D128, "%128", "%129", "%130", "%131", "%132", "%133", LQ_F64(0), LQ_F64(64))
 #endif
 }
 
@@ -78,11 +85,12 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait(u32& first, u3
 // What wgmma is told of x: rows of 128 bytes, swizzled, eights of rows 1024 bytes apart.
 __device__ __forceinline__ u64 describe(u32 at) { return (u64)((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 
-// Of two rows' groups, what is taken off codes, the scale, and what is left of a zero, scaled. Codes less a zero are worth
-// 2^UNIT each. A bfloat16 has room to leave 2^UNIT for the end; a half has not, and where a scale over 2^UNIT is none, 2^15 of
+// Of two rows' groups, what is taken off codes, the scale, and what is left of a zero. Codes less a zero are worth 2^UNIT
+// each. LATE scales sums in float32. Else numbers are scaled as they are made, what is left of a zero is too, and a bfloat16 has room to leave 2^UNIT for the end; a half has not, and where a scale over 2^UNIT is none, 2^15 of
 // it is left for a second product.
 struct Factors {
     Zero zero[2];
+    float late[2];
     u32 scale[2], second[2], rest[2];
     bool large;
 
@@ -93,6 +101,11 @@ struct Factors {
         float z[2];
         load_zeros(z, zeros, s, half, lane);
         for (int w = 0; w < 2; w++) zero[w] = Zero(z[w]);
+        if constexpr (LATE) {
+            load_scales(late, scales, s, half, lane);
+            for (int w = 0; w < 2; w++) late[w] *= UP, rest[w] = pair<XTYPE>(zero[w].rest / UP, zero[w].rest / UP);
+            return;
+        }
         float f[2];
         if constexpr (SCALE == XTYPE) {
             u32 both = load4(scales + s * COEF_ROW + (lane / 4 * 4 + half * 2) * SCALE_SIZE);
@@ -123,7 +136,7 @@ struct Factors {
             }
     }
 };
-constexpr float FINAL = XTYPE == HALF ? 1.f : (float)(1 << -UNIT);
+constexpr float FINAL = LATE || XTYPE == HALF ? 1.f : (float)(1 << -UNIT);
 
 // The first row of x of a tile: the last tile repeats rows of the one before, since what lies beyond x is slow to fetch.
 __device__ __forceinline__ int row_of_x(int tile, int m) { return max(min(tile * COLUMNS, m - COLUMNS), 0); }
@@ -189,33 +202,36 @@ quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
     const int way = warp / 4 / HEIGHT, tall = warp / 4 % HEIGHT, tile = 2 * tall + warp % 4 / 2, half = warp & 1;
     const int mine = (count - way + WAYS - 1) / WAYS;
     stage = way;
-    float sum[SUMS];
+    float sum[SUMS], part[SUMS], due[2];  // `part` of the group at hand, whose scales are `due`
     u32 a[2][FLIGHT][4];
     Codes codes;
     Factors factors;
-    // The factors of group s of the block at hand.
+    // The factors of group s of the block that was opened last.
     auto take = [&](int s) {
-        const u32 at = w_ring + stage * W_STAGE + tile * GROUPS * COEF_ROW;
-        factors = Factors(at + SCALES_AT, w_ring + stage * W_STAGE + ZEROS_AT + tile * GROUPS * ZERO_ROW, s, half, lane);
+        const u32 at = w_ring + stage * W_STAGE;
+        return Factors(at + SCALES_AT + tile * GROUPS * COEF_ROW, at + ZEROS_AT + tile * GROUPS * ZERO_ROW, s, half, lane);
     };
+    // What every number is made with.
+    auto anchor = [&](int w) -> u32& { return LATE ? factors.zero[w].whole : factors.scale[w]; };
     // FLIGHT steps of 16 inputs of the block at hand, all of one group, as numbers.
     auto unpack = [&](u32 (&a)[FLIGHT][4], int first) {
-        if (GROUPS > 1 && first * GROUPS % 8 == 0) take(first * GROUPS / 8);
+        if (GROUPS > 1 && first * GROUPS % 8 == 0) factors = take(first * GROUPS / 8);
 #pragma unroll
         for (int i = 0; i < FLIGHT * 4; i++) {
             const int step = first + i / 4, w = i % 2;
             const u32 v = codes.operand(w, step / 2, step % 2, i % 4 / 2, factors.zero[w]);
-            a[i / 4][i % 4] = ZERO == 2 ? fma_pair<XTYPE>(v, factors.scale[w], factors.rest[w]) : product_pair<XTYPE>(v, factors.scale[w]);
+            if constexpr (LATE) a[i / 4][i % 4] = ZERO == 2 ? fma_pair<XTYPE>(v, power_pair(0), factors.rest[w]) : v;
+            else a[i / 4][i % 4] = ZERO == 2 ? fma_pair<XTYPE>(v, factors.scale[w], factors.rest[w]) : product_pair<XTYPE>(v, factors.scale[w]);
         }
-        if (factors.large)
+        if (!LATE && factors.large)
 #pragma unroll
             for (int i = 0; i < FLIGHT * 4; i++) a[i / 4][i % 4] = product_pair<XTYPE>(a[i / 4][i % 4], factors.second[i % 2]);
     };
     // The next block, when it has come.
-    auto open = [&] {
+    auto open = [&](Codes& codes, Factors& factors) {
         barrier_wait(barriers + stage * 16, turn & 1);
         codes.load(w_ring + stage * W_STAGE + tile * COEF_AT, half, lane);
-        if (GROUPS == 1) take(0);
+        if (GROUPS == 1) factors = take(0);
     };
     // Nothing more is read of a stage.
     auto release = [&](int stage) {
@@ -228,31 +244,44 @@ quick_batch(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
 #pragma unroll
         for (int e = 0; e < SUMS; e++) sum[e] = 0.f;
         int before = stage;
-        if (mine > 0) open(), unpack(a[0], 0);
+        if (mine > 0) open(codes, factors), unpack(a[0], 0);
 #pragma unroll 1
         for (int i = 0; i < mine; i++) {
             const u64 xs = describe(x_ring + stage * X_BLOCK);
+            Codes next_codes;
+            Factors next_factors;
 #pragma unroll
             for (int step = 0; step < 8; step += FLIGHT) {
                 u32 (&now)[FLIGHT][4] = a[step / FLIGHT % 2], (&ahead)[FLIGHT][4] = a[1 - step / FLIGHT % 2];
                 wgmma_fence(now);
 #pragma unroll
-                for (int j = step; j < step + FLIGHT; j++) wgmma(sum, now[j - step], xs + (j / 4 * X_HALF + j % 4 * 32) / 16);
+                for (int j = step; j < step + FLIGHT; j++) {
+                    const u64 at = xs + (j / 4 * X_HALF + j % 4 * 32) / 16;
+                    if constexpr (LATE) wgmma(part, now[j - step], at, j * GROUPS % 8 > 0);
+                    else wgmma(sum, now[j - step], at, true);
+                }
                 wgmma_commit();
+                if (LATE && step * GROUPS % 8 == 0) due[0] = factors.late[0], due[1] = factors.late[1];
                 const bool last = step + FLIGHT == 8;
-                if (last) {
+                if (step == OPEN_AT) {
                     before = stage;
                     stage += WAYS;
                     if (stage >= STAGES) stage -= STAGES, turn++;
-                    if (i + 1 < mine) open();
+                    if (i + 1 < mine) EARLY ? open(next_codes, next_factors) : open(codes, factors);
                 }
+                if (EARLY && last) codes = next_codes, factors = next_factors;
                 // What was in flight before this is done, and with the first the block before.
-                wgmma_wait<1>(factors.scale[0], factors.scale[1]);
+                wgmma_wait<1>(anchor(0), anchor(1));
                 if (step == 0 && i > 0) release(before);
                 if (!last || i + 1 < mine) unpack(ahead, (step + FLIGHT) % 8);
+                if (LATE && (step + FLIGHT) * GROUPS % 8 == 0) {
+                    wgmma_wait<0>(anchor(0), anchor(1));
+#pragma unroll
+                    for (int e = 0; e < SUMS; e++) sum[e] = fmaf(part[e], due[e / 2 % 2], sum[e]);
+                }
             }
         }
-        wgmma_wait<0>(factors.scale[0], factors.scale[1]);
+        wgmma_wait<0>(anchor(0), anchor(1));
         if (mine > 0) release(before);
         int from_column = column;
         if constexpr (PARTS > 1) {

@@ -76,7 +76,7 @@ def test_few_rows_numbers_go_from_registers_to_the_tensor_core(f, x_dtype, direc
 
 
 @pytest.mark.parametrize(
-    ("columns", "warps", "ways", "stages"), [(16, 16, 2, 12), (64, 16, 4, 9), (128, 8, 2, 5), (256, 8, 1, 2)]
+    ("columns", "warps", "ways", "stages"), [(16, 16, 2, 12), (64, 8, 2, 9), (128, 8, 2, 5), (256, 8, 1, 2)]
 )
 @pytest.mark.parametrize("f", FORMATS, ids=str)
 def test_batches_take_weights_from_registers_by_warpgroups(f, columns, warps, ways, stages, directory):
