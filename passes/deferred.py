@@ -31,12 +31,14 @@ _LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new
 class Late:
     """An operation that was not run yet, or (op is None) its result `value`. What it knows of its shape is `stand_in`.
 
+    given    it is a tensor of the model, laid out as that is
     readers  how many others are made of it; makers: by axis, what computes a block
     """
 
     op: Operation | None
     stand_in: Tensor
     value: Tensor | None = None
+    given: bool = False
     readers: int = 0
     makers: dict[int, cuts.Maker | None] = field(default_factory=dict)
 
@@ -66,6 +68,9 @@ class Deferred(Tensor):
         reduce = _REDUCTIONS.get(op.name) if func._overloadname in ("", "default") and not kwargs else None
         if reduce is not None and len(op.tensors) == len(args) and args[0].numel() >= LEAST:
             return reduce(*args)
+        if op.name.startswith("as_strided") and any(isinstance(t, Deferred) and not t.late.given for t in op.tensors):
+            # It looks beyond the elements of its operand, at memory that was never laid out.
+            raise NotImplementedError(f"{op.name} of what is computed")
         if op.name in _LIKE:
             like = torch.empty((), dtype=args[0].dtype, device=args[0].device).expand(args[0].shape)
             return func(like, *args[1:], **op.kwargs)
@@ -79,7 +84,7 @@ class Deferred(Tensor):
 
 def defer(t: Tensor) -> Tensor:
     """A tensor that is given: what is made of it is deferred."""
-    return Deferred(Late(None, _stand_in(t), t), t.device)
+    return Deferred(Late(None, _stand_in(t), t, given=True), t.device)
 
 
 def held(t: Tensor) -> Tensor:
@@ -250,7 +255,10 @@ def _result(op: Operation) -> Tensor | None:
     found = _RESULTS.get(key, _UNKNOWN)
     if found is _UNKNOWN:
         args, kwargs = op.map(lambda x: _stand_in(x) if isinstance(x, Tensor) else x)
-        out = op.func(*args, **({**kwargs, "device": "meta"} if kwargs.get("device") is not None else kwargs))
+        try:
+            out = op.func(*args, **({**kwargs, "device": "meta"} if kwargs.get("device") is not None else kwargs))
+        except NotImplementedError:
+            out = None
         found = out if isinstance(out, Tensor) else None
         if len(_RESULTS) > 4096:
             _RESULTS.clear()

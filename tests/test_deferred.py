@@ -112,6 +112,16 @@ def test_every_part_is_what_eager_makes(seed, small_blocks):
         torch.testing.assert_close(held(late), eager)
 
 
+def test_memory_that_is_not_laid_out_is_not_read(small_blocks):
+    given = torch.arange(24.0).view(4, 6)
+    with undisturbed():
+        late = defer(given[1:])
+        view = aten.as_strided.default(late, [2, 3], [3, 1], 0)
+        assert torch.equal(held(view), given.as_strided([2, 3], [3, 1], 0))
+        with pytest.raises(NotImplementedError):
+            aten.as_strided.default(late * 2, [2, 3], [3, 1], 0)
+
+
 @hypothesis.given(low=st.integers(-40000, 40000), span=st.integers(0, 70000), dtype=st.sampled_from(["i4", "i8"]))
 def test_codes_are_held_in_the_narrowest_type(low, span, dtype):
     t = torch.randint(low, low + span + 1, (7, 9), dtype={"i4": torch.int32, "i8": torch.int64}[dtype])
