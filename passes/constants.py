@@ -105,6 +105,16 @@ class Slice:
                 rows.append(f"{node.op} {node.target} {args}")
         return "\n".join([*rows, str(number[self.result])])
 
+    @functools.cached_property
+    def only_torch(self) -> bool:
+        """Whether nothing but PyTorch's own operations on plain tensors is in it: no code of a library is run."""
+        operations = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+        own = all(
+            not isinstance(n.target, operations) or str(n.target).partition(".")[0] in ("aten", "prims")
+            for n in self.nodes
+        )
+        return own and not any(is_traceable_wrapper_subclass(fake_value(n)) for n in self.leaves)
+
 
 class Constants:
     """The constant nodes of one graph. `values` maps its static placeholders and attributes to real tensors."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from ..errors import Reason, Refused
+from . import deferred
 from .algebra import Form
 from .constants import Trail
+from .deferred import held, settled
 from .trace import FP8, Evaluation, Watch, known, real
 
 __all__ = ["FP8", "Weight", "evaluate", "identity", "undisturbed"]
@@ -27,7 +29,7 @@ __all__ = ["FP8", "Weight", "evaluate", "identity", "undisturbed"]
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [n, k] evaluated: in eager's precision, exactly, and as algebra.
+    """A weight [n, k] evaluated: in eager's precision, exactly, and as algebra. What is large is deferred.
 
     lost, near  the node that ended the algebra, and the form that it had before; "" where nothing did
     fused       the operation on a packed weight that it was read from, "" for none
@@ -55,7 +57,8 @@ def evaluate(
     flat, rebuild = _flatten(leaves)
     with undisturbed():
         run = Evaluation(trail)
-        inner = [run.leaf(t) for t in flat] + ([] if probe is None else [run.probe(probe)])
+        large = any(8 * t.nbytes >= deferred.LEAST for t in flat)
+        inner = [run.leaf(t, large) for t in flat] + ([] if probe is None else [run.probe(probe)])
         try:
             with Watch(trail), FunctionalTensorMode():
                 lifted = [FunctionalTensor.to_functional(t) for t in inner]
@@ -116,6 +119,13 @@ def _weight(run: Evaluation, t: Tensor) -> Weight:
     """What is known of a result."""
     value, native, trail = known(t), real(t), run.trail
     shadow = value.shadow if value.shadow is not None else native.to(torch.float64)
+    form = run.form(t)
+    terms = [
+        replace(term, coef=settled(term.coef), codes=settled(term.codes),
+                levels=None if term.levels is None else held(term.levels))
+        for term in form.terms
+    ]  # fmt: skip
+    form = replace(form, terms=tuple(terms), offset=settled(form.offset))
     return Weight(
-        native, shadow, run.form(t), value.lowbit, value.roundoff, trail.lost, trail.form, trail.fused
+        settled(native), settled(shadow), form, value.lowbit, value.roundoff, trail.lost, trail.form, trail.fused
     )  # fmt: skip

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import Reason, Refused
+from .deferred import Block, held, spans, unrepeated
 
 SMALLEST = 4
-# Elements that are looked at at a time: few enough to stay in a cache, in float64.
-CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -31,22 +30,36 @@ class Groups:
 
     def each(self, t: Tensor, n: int, k: int) -> Tensor:
         """A piece that is the same within each group, once for each group: [n, k/size]."""
-        return self.columns(t, n, k)[..., 0].contiguous()
+        if t.numel() == 1:
+            return held(t).expand(n, k // self.size).contiguous()
+        t, repeat = unrepeated(t) if self.perm is None else (t, 1)
+        first = slice(None, None, self.size // repeat) if self.perm is None else self.perm[:: self.size]
+        return (
+            torch.cat([block[:, first].clone() for block in _blocks(t)])
+            if t.numel()
+            else t.new_empty((n, k // self.size))
+        )
+
+
+def _blocks(t: Tensor) -> Iterator[Tensor]:
+    """The rows of a piece, some at a time."""
+    return (Block().part(t, low, high) for low, high in spans(t))
 
 
 def stride_of_change(t: Tensor, k: int) -> int:
     """The largest size of consecutive columns within which a piece [n, k] never changes; k for a uniform one."""
     if t.numel() <= 1 or k <= 1:
         return k
-    size = k
-    for part in t.split(max(1, CHUNK // k)):
-        groups = part.reshape(-1, size)
-        # Most parts only confirm what the first of them says.
+    t, repeat = unrepeated(t)
+    size = k // repeat
+    for block in _blocks(t):
+        groups = block.reshape(-1, size)
+        # Most blocks only confirm what the first of them says.
         if size == 1 or bool((groups == groups[:, :1]).all()):
             continue
-        changes = (part[:, 1:] != part[:, :-1]).any(0).nonzero().flatten().add_(1).tolist()
+        changes = (block[:, 1:] != block[:, :-1]).any(0).nonzero().flatten().add_(1).tolist()
         size = math.gcd(size, *changes)
-    return size
+    return size * repeat
 
 
 def find_groups(pieces: Sequence[Tensor], k: int) -> Groups:
@@ -56,10 +69,30 @@ def find_groups(pieces: Sequence[Tensor], k: int) -> Groups:
     size = math.gcd(*(stride_of_change(p, k) for p in pieces)) if pieces else k
     if size >= min(SMALLEST, k):
         return Groups(size, None)
-    varying = [p for p in pieces if p.numel() > 1]
     # Act-order: the columns of a group are scattered, but all its columns carry the same scales.
-    signature, inverse, counts = torch.unique(torch.cat(varying), dim=1, return_inverse=True, return_counts=True)
-    size = math.gcd(k, *counts.tolist())
-    if size < SMALLEST or signature.shape[1] == k:
-        raise Refused(Reason.GROUPS, f"groups of {size}")
+    varying = [p for p in pieces if p.numel() > 1]
+    size, inverse = _alike(varying)
+    if size < SMALLEST:
+        outputs = _alike([p.t() for p in varying])[0]
+        shared = f", each scale shared by {outputs} outputs instead" if outputs >= SMALLEST else ""
+        raise Refused(Reason.GROUPS, f"groups of {size}{shared}")
     return Groups(size, torch.argsort(inverse, stable=True))
+
+
+def _alike(pieces: Sequence[Tensor]) -> tuple[int, Tensor]:
+    """The size of equal groups into which the columns fall that are the same in every piece, and each one's group."""
+    signature = torch.stack([_signature(p) for p in pieces])
+    _, inverse, counts = torch.unique(signature, dim=1, return_inverse=True, return_counts=True)
+    return math.gcd(*counts.tolist()), inverse
+
+
+def _signature(t: Tensor) -> Tensor:
+    """A number [k] for each column of a piece: equal for equal columns, and hardly ever for others."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (t.shape[0], 1), generator=generator).to(t.device)
+    total = torch.zeros(t.shape[1], dtype=torch.int64, device=t.device)
+    for low, high in spans(t):
+        # By their bits, and modulo 2**64, so that no order of additions matters; 0 has one sign.
+        bits = Block().part(t, low, high).add(0.0).contiguous().view(torch.int64)
+        total += bits.mul_(factors[low:high] | 1).sum(0)
+    return total

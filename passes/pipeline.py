@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -49,23 +49,21 @@ def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config, device: D
     """
     outcome = Outcome()
     values = static_values(module, inputs)
-    with _threads_for(values.values()):
+    few = max((w.numel() for w in values.values() if not w.is_floating_point()), default=0) < 1 << 22
+    with one_thread(few):
         _run(outcome, module, values, config, device)
     return outcome
 
 
 @contextlib.contextmanager
-def _threads_for(weights: Iterable[Tensor]) -> Iterator[None]:
-    """One thread for small codes: to start others for each small operation costs more, 30 times on a busy machine."""
+def one_thread(wanted: bool = True) -> Iterator[None]:
+    """One thread for small operations: to start others for each costs more, 30 times on a busy machine."""
     before = torch.get_num_threads()
-    few = max((w.numel() for w in weights if not w.is_floating_point()), default=0) < 1 << 22
-    if few:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1 if wanted else before)
     try:
         yield
     finally:
-        if few:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 def _run(
@@ -74,8 +72,9 @@ def _run(
     found = outcome.found
     try:
         constants = outcome.constants = Constants(module.graph, values)
-        recogniser = Recogniser(module, constants, config.strict)
-        found += _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
+        recogniser = Recogniser(module, constants, config.strict, threads=torch.get_num_threads())
+        with one_thread():
+            found += _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
         outcome.analysed = recogniser.reader.analysed
         plans, refused = _timed(outcome, "plan", lambda: _plan(found, constants, config, device), lambda p: len(p[0]))
         while plans and outcome.lowered is None:

@@ -13,10 +13,8 @@ from ..errors import ArgumentError, Reason, Refused
 from ..formats import UNIT_ROUNDOFF, dequantize, rows, validate
 from ..types import NearMiss, QWeight
 from . import algebra, idioms
+from .deferred import Block, spans
 from .evaluate import Weight
-
-# Elements that are proved at a time: few enough to stay in a cache, in float64.
-CHUNK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -44,21 +42,23 @@ class Recovered:
 class Reader:
     """Asks the idioms. Slices of equal structure, by `key`, first try the one that read the first of them.
 
-    `analysed` counts the structures. Holds no tensor: what it makes may outlive the graph.
+    Holds no tensor: what it makes may outlive the graph.
     """
 
-    analysed: int = 0
+    _analysed: set[str] = field(default_factory=set)
     _rules: dict[str, str] = field(default_factory=dict)
     _hopeless: set[str] = field(default_factory=set)
+
+    @property
+    def analysed(self) -> int:
+        """How many structures were read."""
+        return len(self._analysed)
 
     def read(
         self, weights: Sequence[Weight], sources: Sequence[Tensor], key: str, misses: list[NearMiss],
         again: Callable[[Sequence[Tensor]], Recovered],
     ) -> Recovered:  # fmt: skip
         """Reads and proves each of `weights`. Raises Refused, with the nearest miss added to `misses`."""
-        for weight in weights:
-            if not _finite(weight.native) or not _finite(weight.shadow):
-                raise Refused(Reason.NON_FINITE, "weight")
         found, proofs, rule = [], [], ""
         for weight in weights:
             if not weight.lowbit:
@@ -71,8 +71,7 @@ class Reader:
 
     def _first(self, weight: Weight, key: str, misses: list[NearMiss]) -> tuple[str, QWeight, str]:
         known = self._rules.get(key)
-        if known is None:
-            self.analysed += 1
+        self._analysed.add(key)
         order: list[ModuleType] = sorted(idioms.discover(), key=lambda module: idioms.name_of(module) != known)
         if key in self._hopeless:
             # The values of an equal slice gave nothing; to search these too would take seconds a layer.
@@ -86,10 +85,13 @@ class Reader:
             except ArgumentError as error:
                 refusals.append((name, Refused(Reason.PROOF_FAILED, str(error)[:200])))
             except Refused as refusal:
-                refusals.append((name, refusal))
+                # What it was raised from holds what was tried, as large as the weight.
+                refusals.append((name, refusal.with_traceback(None)))
             else:
                 self._rules[key] = name
                 return name, qweight, proof
+        if not _finite(weight.native) or not _finite(weight.shadow):
+            raise Refused(Reason.NON_FINITE, "weight")
         # The most telling refusal: one about groups or a proof says more than "too many levels", and that more than
         # that there is no such thing to read.
         telling = [r for r in refusals if r[1].reason != Reason.TOO_MANY_LEVELS or " " in r[1].at]
@@ -104,11 +106,6 @@ class Reader:
         raise refused from nearest[1]
 
 
-def _step(shape: Sequence[int]) -> int:
-    """Rows of a matrix that make up a CHUNK."""
-    return max(1, CHUNK // max(shape[1], 1))
-
-
 def _finite(t: Tensor) -> bool:
     # One pass: the extremes of what holds NaN are NaN.
     return t.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(t))
@@ -120,22 +117,24 @@ def prove(qweight: QWeight, weight: Weight) -> str:
     "bit_exact": they give the exact weight in float64. "float64_rounding": they do up to the last bits of float64
     itself. Raises Refused otherwise, or where eager's own weight is no rounding of the exact one.
     """
-    n, step, exactly = weight.shadow.shape[0], _step(weight.shadow.shape), True
-    for start in range(0, n, step):
-        some = slice(start, min(start + step, n))
-        exactly &= _rows_are(rows(qweight, some), weight, some)
+    exactly = True
+    for low, high in spans(weight.shadow):
+        exactly &= _rows_are(rows(qweight, slice(low, high)), weight, low, high)
     return "bit_exact" if exactly else "float64_rounding"
 
 
-def _rows_are(qweight: QWeight, weight: Weight, some: slice) -> bool:
+def _rows_are(qweight: QWeight, weight: Weight, low: int, high: int) -> bool:
     """Whether `qweight` gives these rows of the weight to the bit; raises Refused if not up to rounding."""
-    exact, native = weight.shadow[some], weight.native[some]
+    block = Block()
+    exact, native = block.part(weight.shadow, low, high), block.part(weight.native, low, high)
+    if not _finite(native):
+        raise Refused(Reason.NON_FINITE, "weight")
     rebuilt = dequantize(qweight, torch.float64)
     exactly = torch.equal(rebuilt, exact)
     if exactly and torch.equal(exact.to(native.dtype), native):
         # Nearly always: eager rounded once, to the nearest.
         return True
-    size = _size_of(weight, some)
+    size = _size_of(weight, low, high, block)
     difference = rebuilt.sub_(exact).abs_()
     if bool((difference > 2.0**-48 * size).any()):
         raise Refused(Reason.PROOF_FAILED, f"off by {float(difference.max()):.3g}")
@@ -147,10 +146,13 @@ def _rows_are(qweight: QWeight, weight: Weight, some: slice) -> bool:
     return exactly
 
 
-def _size_of(weight: Weight, some: slice) -> Tensor:
+def _size_of(weight: Weight, low: int, high: int, block: Block) -> Tensor:
     """What is added up to give these rows of the weight, in absolute value: what roundings are relative to."""
-    form, size = weight.form, weight.shadow[some].abs()
+    form, size = weight.form, block.part(weight.shadow, low, high).abs()
+
+    def some(piece: Tensor) -> Tensor:
+        return block.part(piece.expand(form.shape), low, high)
+
     for term in form.terms:
-        part = algebra.Term(term.coef.expand(form.shape)[some], term.codes.expand(form.shape)[some], term.levels)
-        size += (part.coef * part.values()).abs_()
-    return size + form.offset.expand(form.shape)[some].abs() if form.terms else size
+        size += (some(term.coef) * algebra.Term(term.coef, some(term.codes), term.levels).values()).abs_()
+    return size + some(form.offset).abs() if form.terms else size

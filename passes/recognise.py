@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..kernels.registry import X_DTYPES
 from ..types import NearMiss, Where
 from .canonicalize import Contraction, Roles, contraction, qualified_name, roles
 from .constants import Constants, Slice, Trail, fake_value, run, target_name
-from .evaluate import FP8, evaluate, identity
+from .evaluate import FP8, evaluate, identity, undisturbed
 from .prove import Reader, Recovered
 
 LOW_BIT = (
@@ -28,6 +29,10 @@ LOW_BIT = (
 )  # fmt: skip
 _ROUNDERS = {"round", "floor", "trunc", "ceil", "clamp", "quantize", "sign"}
 _EYE_FORMS = {"linear", "matmul", "mm"}
+# Bytes of codes from which on a weight takes a thread more work in PyTorch than in Python, and how many threads that
+# leaves room for.
+READ_AHEAD = 1 << 19
+MOST_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -67,23 +72,43 @@ class Kept:
 
 @dataclass
 class Recogniser:
-    """Recognises the matmuls of one graph. In strict mode a failure of ours is raised, else it keeps that matmul."""
+    """Recognises the matmuls of one graph. In strict mode a failure of ours is raised, else it keeps that matmul.
+
+    Large weights are read by several `threads`.
+    """
 
     module: fx.GraphModule
     constants: Constants
     strict: bool = False
     reader: Reader = field(default_factory=Reader)
-    _seen: dict[Any, Recovered | Refused] = field(default_factory=dict)
+    threads: int = 1
+    _seen: dict[Any, tuple[Recovered | Refused, list[NearMiss]]] = field(default_factory=dict)
+    _ahead: dict[Any, Callable[[], None]] | None = None
 
     def run(self) -> list[Match | Kept]:
         """A verdict for every matmul between an activation and something, in program order."""
         out: list[Match | Kept] = []
-        for node in list(self.module.graph.nodes):
+        nodes = list(self.module.graph.nodes)
+        if self.threads > 1:
+            self._read_ahead(nodes)
+        for node in nodes:
             found = self._verdict(node)
             if found is not None:
                 out.append(found)
             out.extend(_inside(self.module, node))
         return out
+
+    def _read_ahead(self, nodes: Sequence[fx.Node]) -> None:
+        """Reads the large weights, so that what comes after finds them read."""
+        self._ahead = {}
+        for node in nodes:
+            self._verdict(node)
+        ahead, self._ahead = self._ahead, None
+        # The first of each structure says how the others are read.
+        first = {known[0]: known for known in reversed(ahead)}.values()
+        with ThreadPoolExecutor(min(self.threads, MOST_THREADS)) as pool:
+            for some in (first, [known for known in ahead if known not in first]):
+                list(pool.map(lambda known: ahead[known](), some))
 
     def _verdict(self, node: fx.Node) -> Match | Kept | None:
         misses: list[NearMiss] = []
@@ -208,22 +233,34 @@ class Recogniser:
         nodes = tuple(leaf for s in cuts for leaf in s.leaves if not (c.fused and leaf in (c.a, c.bias)))
         through = is_traceable_wrapper_subclass(fake_value(w)) or c.fused
         known = (key, nodes, (c.node.target, fake_value(x).dtype) if through else None)
-        seen = self._seen.get(known)
-        if seen is None:
-            trail = Trail()
+        if known not in self._seen:
+            trail, passed = Trail(), list[NearMiss]()
             compute, reader = self._computation(c, r, w, cut, scalings, trail), self.reader
             width, x_dtype = _size(c.sizes(w), r.k), fake_value(x).dtype
+            given = [self.constants.values[n] for n in nodes]
 
             def recover(sources: Sequence[Tensor]) -> Recovered:
                 probe = identity(width, x_dtype, sources[0].device) if through else None
                 trail.lost = trail.form = trail.fused = ""
-                return reader.read(evaluate(compute, sources, probe, trail), sources, key, misses, recover)
+                with undisturbed():
+                    return reader.read(evaluate(compute, sources, probe, trail), sources, key, passed, recover)
 
-            try:
-                seen = recover([self.constants.values[n] for n in nodes])
-            except Refused as refusal:
-                seen = refusal
-            self._seen[known] = seen
+            def read() -> None:
+                try:
+                    self._seen[known] = recover(given), passed
+                except Refused as refusal:
+                    # What it was raised from holds what was tried, as large as the weight.
+                    self._seen[known] = refusal.with_traceback(None), passed
+
+            if self._ahead is not None:
+                # A library's code may compile something, which waits for the compilation that this is part of.
+                ours = all(s.only_torch for s in cuts) and not c.fused
+                if ours and max((t.nbytes for t in given if t.device.type == "cpu"), default=0) >= READ_AHEAD:
+                    self._ahead[known] = read
+                raise Refused(Reason.PASS_FAILED, "not read yet")
+            read()
+        seen, passed = self._seen[known]
+        misses.extend(passed)
         if isinstance(seen, Refused):
             raise seen
         return seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,10 +53,20 @@ class Operation:
             return Operation(func, func._schema.name, args, kwargs)
         return Operation(func, "view_dtype" if name == "view" and func._overloadname == "dtype" else name, args, kwargs)
 
-    @property
+    @functools.cached_property
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments, in order."""
-        return [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, Tensor)]
+        found: list[Tensor] = []
+        self.map(lambda x: found.append(x) if isinstance(x, Tensor) else None)
+        return found
+
+    def map(self, change: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with each changed, inside lists too."""
+
+        def changed(x: Any) -> Any:
+            return [changed(item) for item in x] if isinstance(x, (list, tuple)) else change(x)
+
+        return tuple([changed(x) for x in self.args]), {name: changed(x) for name, x in self.kwargs.items()}
 
 
 class Operands(Protocol):

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import Reason, Refused
 from ..formats import UNIT_ROUNDOFF
 from . import algebra, meanings, rules
 from .algebra import Form
 from .constants import Trail, plain
+from .deferred import defer
 from .rules import Operation
 
 FP8 = (
@@ -63,7 +63,7 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Refused(Reason.UNSUPPORTED_OP, f"{self.trail.node}: {func}")
-        if any(is_traceable_wrapper_subclass(t) for t in tree_leaves((args, kwargs))):
+        if any(is_traceable_wrapper_subclass(t) for t in Operation.of(func, args, kwargs or {}).tensors):
             # Not ours to see through: the subclass turns it into operations that are.
             return NotImplemented
         return func(*args, **(kwargs or {}))
@@ -106,10 +106,11 @@ class Evaluation:
     def __init__(self, trail: Trail) -> None:
         self.trail = trail
 
-    def leaf(self, t: Tensor) -> Traced:
-        """A tensor of the model."""
+    def leaf(self, t: Tensor, large: bool = False) -> Traced:
+        """A tensor of the model; `large`: what is made of it is to be deferred."""
         # An alias: what is computed must not be seen on the user's own object.
         t = plain(t).detach()
+        t = defer(t) if large else t
         low = not t.is_floating_point() or t.dtype in FP8
         return Traced(t, Value(*leaf_facts(t), low), self)
 
@@ -142,7 +143,7 @@ class Evaluation:
             raise Refused(Reason.MUTATED, f"{self.trail.node}: {op.func}")
         if any(known(t).eye for t in op.tensors):
             return self._through(op)
-        concrete = Operation(op.func, op.name, *tree_map(real, (op.args, op.kwargs)))
+        concrete = Operation(op.func, op.name, *op.map(real))
         out = op.func(*concrete.args, **concrete.kwargs)
         meaning = meanings.dequantize(op.func)
         if meaning is not None and isinstance(out, Tensor):
@@ -180,7 +181,7 @@ class Evaluation:
         """What an operation makes of the identity matrix that stands for the activation."""
         first = op.args[0]
         if op.name in rules.LAYOUT and isinstance(first, Tensor):
-            moved = op.func(*tree_map(real, op.args), **op.kwargs)
+            moved = op.func(*op.map(real)[0], **op.kwargs)
             if isinstance(moved, Tensor) and moved.shape == first.shape:
                 return self.probe(moved)
         if op.name == "mm" and known(first).eye and not known(op.args[1]).eye:
@@ -247,9 +248,9 @@ class Evaluation:
         """The exact float64 results, by the same operation on the exact operands where it is smooth."""
         if op.name not in rules.SMOOTH or any(o.dtype in FP8 for o in outs):
             return [o.to(torch.float64) if o.is_floating_point() else None for o in outs]
-        args, kwargs = tree_map(self._shadow, (op.args, op.kwargs))
+        args, kwargs = op.map(self._shadow)
         if op.name in rules.ARITHMETIC:
-            args = tree_map(rules.as_float, args)
+            args = tuple(rules.as_float(x) for x in args)
         if op.name in ("copy", "_to_copy"):
             return [rules.as_float(args[1 if op.name == "copy" else 0]).expand(outs[0].shape)]
         if op.name in rules.RESHAPE:

@@ -1,5 +1,5 @@
 """What README's table of measurements states, measured again: `python -m tests.measure WHAT`: compile, explain,
-freshness, kernel (the C++ of one) or sentences (MiniLM).
+freshness, kernel (the C++ of one), recognise (224 linears; --device cuda) or sentences (MiniLM).
 
 Every figure is a ratio, or a difference, within one run: candidates take turns, medians are printed.
 """
@@ -21,7 +21,10 @@ from torch import nn
 
 from lqcompile import backend, demo, quantize
 from lqcompile.passes import pipeline
+from lqcompile.passes.constants import Constants
+from lqcompile.passes.recognise import Match, Recogniser
 from lqcompile.report import Report
+from tests.memory import peak
 from tests.models import Dequant
 
 DIM, HIDDEN, BLOCKS = 256, 512, 8
@@ -219,12 +222,70 @@ def sentences(repeats: int) -> None:
         )
 
 
+# Outputs of gate and up, and inputs of the others, of 32 blocks: as in MiniLM-L12, and as wide as Llama-1B.
+SIZES = {"small": (384, 1536), "large": (2048, 5632)}
+
+
+class Wide(nn.Module):
+    """The seven linears of a Llama block, each on the result of the one before, with groups of 128."""
+
+    def __init__(self, dim: int, hidden: int, seed: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        shapes = [(dim, dim)] * 4 + [(hidden, dim), (dim, hidden), (hidden, dim)]
+        self.linears = nn.Sequential(*(Dequant(n, k, 128, 7 * seed + i) for i, (n, k) in enumerate(shapes))).to(dtype)
+        self.dim = dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linears(x)[..., : self.dim]
+
+
+def recognising(name: str, device: str, repeats: int) -> None:
+    """Seconds to recognise 32 blocks of seven linears (codes unpacked, proved), and the peak of one linear's memory."""
+    dim, hidden = SIZES[name]
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    model = nn.Sequential(*(Wide(dim, hidden, i, dtype) for i in range(32))).to(device).eval()
+    weights = sum(2 * m.q.numel() for m in model.modules() if isinstance(m, Dequant))
+    graphs: list[tuple] = []
+
+    def keep(module, inputs):
+        graphs.append((module, inputs))
+        return module.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=keep)(torch.randn(1, dim, device=device, dtype=dtype))
+        one = Dequant(hidden, dim, 128).to(dtype).to(device)
+        torch.compile(one, backend=keep)(torch.randn(1, dim, device=device, dtype=dtype))
+
+    threads = torch.get_num_threads()
+
+    def recogniser(module, inputs, threads: int = 1) -> Recogniser:
+        constants = Constants(module.graph, pipeline.static_values(module, inputs))
+        return Recogniser(module, constants, strict=True, threads=threads)
+
+    whole, single = graphs
+    for _ in range(repeats):
+        ready = recogniser(*whole, threads)
+        start, busy = time.perf_counter(), time.process_time()
+        with pipeline.one_thread():
+            found = ready.run()
+        spent, busy = time.perf_counter() - start, time.process_time() - busy
+        print(
+            f"{name} on {device}: {spent:.2f} s ({busy:.2f} s of CPU) for {sum(isinstance(m, Match) for m in found)} "
+            f"linears of {weights / 1e6:.0f} M weights in all, {ready.reader.analysed} analysed, {threads} threads",
+            flush=True,
+        )
+    most = peak(recogniser(*single).run, device)
+    dense = hidden * dim * dtype.itemsize
+    print(f"peak for {hidden} x {dim}: {most / 1e6:.1f} MB, dense in {dtype}: {dense / 1e6:.1f} MB")
+
+
 def main() -> None:
     """Parses the command line and runs one measurement."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__)
-    parser.add_argument("what", choices=("compile", "explain", "freshness", "kernel", "sentences", "one"))
+    parser.add_argument("what", choices=("compile", "explain", "freshness", "kernel", "recognise", "sentences", "one"))
     parser.add_argument("--backend", default="lq")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     if given.what == "one":
         one_compile(given.backend)
@@ -234,6 +295,9 @@ def main() -> None:
         explaining(given.repeats)
     elif given.what == "kernel":
         kernel(given.repeats)
+    elif given.what == "recognise":
+        for name in SIZES:
+            recognising(name, given.device, given.repeats)
     elif given.what == "sentences":
         sentences(given.repeats)
     else:

@@ -152,16 +152,19 @@ def _blind_to_writes(patch):
 
 def _one_pack_for_equal_slices(patch):
     class Forgetful(dict):
-        def get(self, key, default=None):
-            return super().get(key[0], default)
+        def __contains__(self, key):
+            return super().__contains__(key[0])
+
+        def __getitem__(self, key):
+            return super().__getitem__(key[0])
 
         def __setitem__(self, key, value):
             super().__setitem__(key[0], value)
 
     original = recognise.Recogniser.__init__
 
-    def init(self, *args):
-        original(self, *args)
+    def init(self, *args, **named):
+        original(self, *args, **named)
         self._seen = Forgetful()
 
     patch.setattr(recognise.Recogniser, "__init__", init)

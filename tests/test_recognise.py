@@ -215,6 +215,25 @@ def test_writes_into_empty_are_understood():
     )
 
 
+class ScalesOfOutputs(nn.Module):
+    """As hqq has it with axis=0: rows 0, 8, 16, ... share a scale for each input."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.randint(0, 16, (64, 8 * 32), dtype=torch.uint8))
+        self.register_buffer("scale", torch.rand(1, 8 * 32))
+
+    def forward(self, x):
+        return F.linear(x, ((self.codes - 8.0) * self.scale).view(512, 32))
+
+
+def test_scales_that_outputs_share_are_told():
+    outcome, _ = outcome_of(ScalesOfOutputs(), torch.randn(3, 32))
+    (decision,) = outcome.decisions
+    assert (decision.outcome, decision.reason) == ("kept", Reason.GROUPS)
+    assert "each scale shared by 64 outputs" in decision.near_misses[0].at
+
+
 def test_the_users_tensors_are_untouched():
     model = lqcompile.quantize(linear_stack(2), group=8)
     before = {name: t.detach().clone() for name, t in model.state_dict().items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import Reason, Refused
 from ...formats import narrowest
 from ...types import Format, QWeight
+from ..deferred import codes_of
 from ..evaluate import Weight
 from ..grouping import Groups, find_groups, stride_of_change
 
@@ -23,12 +24,13 @@ def read(weight: Weight) -> QWeight:
     terms = [t for t in weight.form.terms if t.levels is None]
     if not terms or len(terms) != len(weight.form.terms):
         raise Refused(Reason.TOO_MANY_LEVELS, "codes")
-    if any(max(-int(t.codes.min()), int(t.codes.max())) > 2**15 for t in terms if t.codes.numel()):
-        raise Refused(Reason.TOO_MANY_LEVELS, "codes")
     fine = sorted(terms, key=lambda t: stride_of_change(t.codes, k)) if len(terms) > 1 else terms
-    codes, coef, offset = fine[0].codes.to(torch.int32), fine[0].coef, weight.form.offset
     if len(fine) > 1 and stride_of_change(fine[1].codes, k) < 4 <= k:
         raise Refused(Reason.TOO_MANY_LEVELS, "a sum of two code tensors")
+    codes, least, most = codes_of(fine[0].codes, (n, k))
+    if max(-least, most) > 2**15 - 1:
+        raise Refused(Reason.TOO_MANY_LEVELS, "codes")
+    coef, offset = fine[0].coef, weight.form.offset
     for other in fine[1:]:
         offset = offset + other.coef * other.codes.to(torch.float64)
     groups = find_groups([coef, offset], k)
@@ -52,7 +54,8 @@ def _finish(
     name = narrowest(scale)
     code_dtype = torch.int8 if zero == "none" else torch.uint8
     format = Format("affine", bits, groups.size, zero, name)
-    codes = codes.reshape(n, k).to(code_dtype)
+    # Codes that both types hold are the same bits in either.
+    codes = codes.reshape(n, k).view(code_dtype) if codes.dtype.itemsize == 1 else codes.reshape(n, k).to(code_dtype)
     return QWeight(format, n, k, codes, scale=scale, zero=zeros, perm=groups.perm)
 
 
@@ -60,7 +63,7 @@ def _integer(codes: Tensor, scale: Tensor, groups: Groups, n: int, k: int) -> QW
     """Codes that count from an integer: signed where that takes no more bits, else with a zero for each group."""
     if codes.numel() == 0:
         return _finish(codes, 1, "none", scale, None, groups, n, k)
-    low, high = codes.amin(-1), codes.amax(-1)
+    low, high = (extreme.to(torch.int32) for extreme in torch.aminmax(codes, dim=-1))
     least, most = int(low.min()), int(high.max())
     signed = max(1, most.bit_length() + 1 if most >= 0 else 1, (-least - 1).bit_length() + 1 if least < 0 else 1)
     span = int((high - low).max())
@@ -69,21 +72,27 @@ def _integer(codes: Tensor, scale: Tensor, groups: Groups, n: int, k: int) -> QW
         return _finish(codes, signed, "none", scale, None, groups, n, k)
     # Within what fits, the zero nearest to none: 0 for unsigned codes, and in the range of the codes where it can be.
     zero = torch.minimum((-low).clamp(min=0), (1 << bits) - 1 - high)
-    codes = codes + zero.unsqueeze(-1)
+    codes = _counted_from(codes, -zero)
     return _finish(codes, bits, "int", scale, zero.to(torch.int16), groups, n, k)
+
+
+def _counted_from(codes: Tensor, low: Tensor) -> Tensor:
+    """codes - low for each group, in place if it can be; they are 0 to 255, so what is cut off does not matter."""
+    codes = codes.view(torch.uint8) if codes.dtype == torch.int8 else codes.to(torch.uint8)
+    return codes.sub_(low.to(torch.uint8).unsqueeze(-1))
 
 
 def _shifted(codes: Tensor, scale: Tensor, shift: Tensor, groups: Groups, n: int, k: int) -> QWeight:
     """codes * scale + offset: the zero is whatever number makes it so."""
-    low = codes.amin(-1)
-    bits = _bits(int((codes.amax(-1) - low).max()))
-    least, most = int(low.min()), int(codes.max())
+    low, high = (extreme.to(torch.int32) for extreme in torch.aminmax(codes, dim=-1))
+    bits = _bits(int((high - low).max()))
+    least, most = int(low.min()), int(high.max())
     if (1 << bits) > most - least:
         low = torch.full_like(low, 0 if least >= 0 and most < (1 << bits) else least)
-    codes = codes - low.unsqueeze(-1)
+    codes = _counted_from(codes, low)
     # A group of scale 0 holds its offset alone: let that be the scale, and -1 the zero of codes that are all 0.
     flat = scale == 0
-    codes = codes.masked_fill(flat.unsqueeze(-1), 0)
+    codes.masked_fill_(flat.unsqueeze(-1), 0)
     scale = torch.where(flat, shift, scale)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = torch.where(flat, torch.full_like(shift, -1.0), -low.to(torch.float64) - shift / safe)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import Reason, Refused
 from ...formats import narrowest
 from ...types import Format, QWeight
+from ..deferred import codes_of
 from ..evaluate import Weight
 from ..grouping import find_groups
 
@@ -25,14 +26,15 @@ def read(weight: Weight) -> QWeight:
         raise Refused(Reason.TOO_MANY_LEVELS, "planes")
     alphas, planes, offset = [], [], weight.form.offset
     for term in terms:
-        low, high = int(term.codes.min()), int(term.codes.max())
-        if low == high or not bool(((term.codes == low) | (term.codes == high)).all()):
+        codes, low, high = codes_of(term.codes, (n, k))
+        if low == high or (len(terms) == 1 and (low, high) != (-1, 1)):
             raise Refused(Reason.TOO_MANY_LEVELS, "planes")
-        if len(terms) == 1 and (low, high) != (-1, 1):
+        plane = codes == high
+        if not bool((plane | (codes == low)).all()):
             raise Refused(Reason.TOO_MANY_LEVELS, "planes")
         alphas.append(term.coef * ((high - low) / 2))
         offset = offset + term.coef * ((high + low) / 2)
-        planes.append((term.codes == high).expand(n, k))
+        planes.append(plane)
     groups = find_groups([*alphas, offset], k)
     codes = torch.zeros((n, k), dtype=torch.uint8, device=weight.shadow.device)
     for i, plane in enumerate(planes):

@@ -17,6 +17,7 @@ from ...errors import Reason, Refused
 from ...formats import narrowest
 from ...types import Format, QWeight
 from ..algebra import Form, Term
+from ..deferred import Block, held
 from ..evaluate import Weight
 from ..grouping import SMALLEST
 from . import affine
@@ -30,14 +31,14 @@ GROUPS = (256, 128, 64, 32, 16, 8)
 def read(weight: Weight) -> QWeight:
     """Evenly spaced values first, then the table that stores the least; the largest groups among equals."""
     n, k = weight.shadow.shape
-    w = weight.shadow
+    some = Block().part(weight.shadow, 0, min(n, SOME))
+    # To sort all would take seconds: a few rows tell most that are no such weight.
+    sizes = [g for g in (k, *(g for g in GROUPS if g < k and k % g == 0)) if _few(some, g)]
+    w = held(weight.shadow) if sizes else some
     if w.numel() == 0 or bool((w == w.reshape(-1)[0]).all()):
         raise Refused(Reason.NOT_QUANTIZED, "one value")
     best: tuple[int, int, Tensor] | None = None
-    for group in (k, *(g for g in GROUPS if g < k and k % g == 0)):
-        # To sort all would take seconds: a few rows tell most that are no such weight.
-        if _levels(w[:SOME].reshape(-1, group).sort(-1).values) > LEVELS:
-            continue
+    for group in sizes:
         ordered = w.reshape(n, k // group, group).sort(-1).values
         most = _levels(ordered)
         if most > LEVELS:
@@ -52,6 +53,10 @@ def read(weight: Weight) -> QWeight:
     if best is None:
         raise Refused(Reason.TOO_MANY_LEVELS, "values")
     return _tabled(w, best[2], best[1])
+
+
+def _few(w: Tensor, group: int) -> bool:
+    return w.numel() > 0 and _levels(w.reshape(-1, group).sort(-1).values) <= LEVELS
 
 
 def _levels(ordered: Tensor) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import Reason, Refused
 from ...formats import narrowest
 from ...types import Format, QWeight
+from ..deferred import codes_of
 from ..evaluate import Weight
 from ..grouping import find_groups
 
@@ -28,7 +29,7 @@ def read(weight: Weight) -> QWeight:
     bits = max(1, (term.levels.numel() - 1).bit_length())
     groups = find_groups([term.coef], k)
     scale = groups.each(term.coef, n, k)
-    codes = groups.columns(term.codes, n, k).reshape(n, k).to(torch.uint8)
+    codes = groups.columns(codes_of(term.codes, (n, k))[0], n, k).reshape(n, k).to(torch.uint8)
     table = torch.zeros(1 << bits, dtype=torch.float64, device=codes.device)
     table[: term.levels.numel()] = term.levels
     format = Format("table", bits, groups.size, "none", narrowest(scale))

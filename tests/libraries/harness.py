@@ -77,12 +77,14 @@ def measure(name: str, make: Make) -> Row:
         model, x = make()
         model, inputs = model.eval(), x if isinstance(x, tuple) else (x,)
         wanted = model(*inputs)
-        before = facts(model)
+        before, set_before = facts(model), settings()
         backend = Backend()
         with tracing():
             got = torch.compile(model, backend=backend)(*inputs)
         if facts(model) != before:
             row.wrong += "a tensor of the model was changed; "
+        if settings() != set_before:
+            row.wrong += "a global setting was changed; "
     row.decisions = [d for outcome in backend.outcomes for d in outcome.decisions]
     row.graphs = len(backend.outcomes)
     for outcome in backend.outcomes:
@@ -126,6 +128,18 @@ def facts(model: nn.Module) -> list[Any]:
             total = int(data.view(torch.uint8).long().sum()) if data.numel() else 0
             found.append((name, inner.data_ptr(), inner._version, total))
     return found
+
+
+def settings() -> dict[str, Any]:
+    """Global settings of PyTorch that must be as before."""
+    return {
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "random": torch.get_rng_state().sum().item(),
+        "dynamo": torch._dynamo.config.get_config_copy(),
+        "freezing": torch._inductor.config.freezing,
+    }
 
 
 def _flat(t: Any) -> list[Tensor]:
