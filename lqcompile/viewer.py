@@ -79,7 +79,7 @@ def _asset(name: str) -> str:
 @functools.cache
 def templates() -> jinja2.Environment:
     """The files of lqcompile/page as templates; what is put into them is escaped."""
-    loader = jinja2.FunctionLoader(_asset)
+    loader = jinja2.FunctionLoader(asset)
     return jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -1,5 +1,5 @@
 """What README's table of measurements states, measured again: `python -m tests.measure WHAT`: compile, explain,
-freshness, kernel (the C++ of one) or sentences (MiniLM).
+freshness, kernel (the C++ of one), plan or sentences (MiniLM).
 
 Every figure is a ratio, or a difference, within one run: candidates take turns, medians are printed.
 """
@@ -19,6 +19,7 @@ import time
 import torch
 from torch import nn
 
+import lqcompile
 from lqcompile import backend, demo, quantize
 from lqcompile.passes import pipeline
 from lqcompile.report import Report
@@ -189,6 +190,25 @@ def kernel(repeats: int) -> None:
                 print(f"{state}: {float(out.stdout):.3f} s", flush=True)
 
 
+def planning(repeats: int) -> None:
+    """What planning, with packing, takes of a model of 301 quantized matmuls and an unknown number of rows.
+
+    For this CPU, and for a GPU that is not here.
+    """
+    model = nn.Sequential(*(Block(i) for i in range(43))).eval()
+    for options in ({}, {"arch": "sm_90"}):
+        spent = []
+        for _ in range(repeats):
+            torch._dynamo.reset()
+            x = torch.randn(1, 16, DIM)
+            torch._dynamo.mark_dynamic(x, 1)
+            with torch.no_grad():
+                report = lqcompile.explain(model, x, options=options)
+            assert len(report.decisions) == 301 + 2 * 43, len(report.decisions)
+            spent.append(next(p.seconds for p in report.passes if p.name == "plan"))
+        print(f"{report.device['name']}: {report.rewritten} rewritten, planned in {statistics.median(spent):.2f} s")
+
+
 def sentences(repeats: int) -> None:
     """One and 32 sentences of MiniLM: int4 by "lq" and by default torch.compile, and fp32 by the latter, in turns."""
     loaded = demo._load()
@@ -222,7 +242,7 @@ def sentences(repeats: int) -> None:
 def main() -> None:
     """Parses the command line and runs one measurement."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__)
-    parser.add_argument("what", choices=("compile", "explain", "freshness", "kernel", "sentences", "one"))
+    parser.add_argument("what", choices=("compile", "explain", "freshness", "kernel", "plan", "sentences", "one"))
     parser.add_argument("--backend", default="lq")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
@@ -234,6 +254,8 @@ def main() -> None:
         explaining(given.repeats)
     elif given.what == "kernel":
         kernel(given.repeats)
+    elif given.what == "plan":
+        planning(given.repeats)
     elif given.what == "sentences":
         sentences(given.repeats)
     else:
