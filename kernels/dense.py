@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import sympy
 import torch
 
+from .. import cost
 from ..device import Device
 from ..formats import UNIT_ROUNDOFF, code_range
 from ..types import Problem, Rounding
@@ -85,14 +86,21 @@ def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
 
 
 def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
-    size, planes = problem.n * problem.k, len(LAYOUTS[layout].widths(problem.format))
-    if (layout, device.kind) in FAST:
-        # Codes are read, the dense weight is written and read.
-        unpack = size * (planes / 8 + 2.0 * problem.x_dtype.itemsize) / device.bandwidth
+    f, planes = problem.format, len(LAYOUTS[layout].widths(problem.format))
+    if (layout, device.kind) not in FAST:
+        each = (PLANE[f.form] * planes + SCALED) / device.rate
+    elif device.kind == "cpu":
+        each = UNPACKED[problem.x_dtype.itemsize == 2] * (1.2 if f.form == "table" else 1.0) / device.rate
     else:
-        # Each plane is looked up, scaled, and written as float32; the matmul reads the result.
-        unpack = size * (8.0 * (planes + 1) + problem.x_dtype.itemsize) / device.bandwidth
-    return device.launch + unpack + 2.0 * problem.m * size / device.rate
+        # Codes are read, the dense weight is written.
+        each = (f.bits / 8 + problem.x_dtype.itemsize) / device.bandwidth
+    return device.launch + each * problem.n * problem.k + cost.dense(problem, device)
+
+
+# Operations of a dense float32 matmul in the time that it takes to dequantize a weight on one core with AMX: by torch
+# for each plane and once; by dense.cpp to float32, and to 16 bits.
+PLANE, SCALED = {"affine": 530.0, "binary": 650.0, "table": 600.0}, 190.0
+UNPACKED = (165.0, 215.0)
 
 
 register(

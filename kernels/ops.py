@@ -4,14 +4,16 @@
 
 `epilogue` is "", "silu_mul", which leaves n/2 columns, or "add", which adds `other` [..., n] (see epilogues.py).
 `parts` hold w as the op's layout stores `format`; `route` names the kernel for each range of m, the product of x's
-leading sizes: "lut@8,dense" is `lut` up to m = 8 and `dense` above. The overload name is the version of the ops'
-meaning: Inductor's caches know an op by its name alone, so a change of meaning needs a new one.
+leading sizes: "lut@8,dense" is `lut` up to m = 8 and `dense` above. "lut@8,quick/quick" reads another copy of w above,
+in layout `quick`, whose parts follow those of the op's own. The overload name is the version of the ops' meaning:
+Inductor's caches know an op by its name alone, so a change of meaning needs a new one.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,28 +36,48 @@ _GEMM = (
 
 
 @functools.lru_cache(maxsize=4096)
-def parse_route(route: str) -> tuple[tuple[int | None, registry.Kernel], ...]:
-    """The kernels of a route with the greatest m of each, None for the last. Raises ArgumentError."""
+def parse_route(route: str) -> tuple[tuple[int | None, registry.Kernel, str], ...]:
+    """The kernels of a route with the greatest m of each, None for the last, and the layout where it is another one.
+
+    Raises ArgumentError.
+    """
     kernels, pieces = registry.discover(), []
     entries = route.split(",")
     for i, entry in enumerate(entries):
-        name, _, limit = entry.partition("@")
+        way, _, limit = entry.partition("@")
+        name, _, layout = way.partition("/")
         if name not in kernels:
             raise ArgumentError("route", route, f"kernels of {', '.join(sorted(kernels))}")
+        if layout and layout not in LAYOUTS:
+            raise ArgumentError("route", route, f"layouts of {', '.join(LAYOUTS)}")
         if bool(limit) == (i == len(entries) - 1) or (limit and not limit.isdecimal()):
             raise ArgumentError("route", route, "name@m for each kernel but the last, such as 'lut@8,dense'")
-        pieces.append((int(limit) if limit else None, kernels[name]))
+        pieces.append((int(limit) if limit else None, kernels[name], layout))
     return tuple(pieces)
 
 
+@functools.lru_cache(maxsize=4096)
+def copies(call: Call, route: str, device: str) -> tuple[tuple[Call, slice], ...]:
+    """For each copy of w that a route reads, the op's own first: the call in its layout, and where its parts stand."""
+    *layouts, last = dict.fromkeys([call.layout, *(layout for _, _, layout in parse_route(route) if layout)])
+    found, start = [], 0
+    for layout in layouts:
+        end = start + len(LAYOUTS[layout].names(call.format, device))
+        found.append((replace(call, layout=layout), slice(start, end)))
+        start = end
+    # Parts too many are found with the last copy's.
+    return (*found, (replace(call, layout=last), slice(start, None)))
+
+
 def _check(
-    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, other: Tensor | None, call: Call
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, other: Tensor | None, call: Call, route: str
 ) -> tuple[int | torch.SymInt, ...]:
     """The one validator: raises ArgumentError unless every shape, dtype, stride and device is as declared.
 
     Returns the shape of y.
     """
-    check_parts(LAYOUTS[call.layout], parts, call.format, call.n, call.k)
+    for own, place in copies(call, route, parts[0].device.type if parts else "cpu"):
+        check_parts(LAYOUTS[own.layout], parts[place], call.format, call.n, call.k)
     if x.dtype not in X_DTYPES:
         raise ArgumentError("x.dtype", x.dtype, " | ".join(map(str, X_DTYPES)))
     if x.ndim < 1 or x.shape[-1] != call.k:
@@ -87,7 +109,7 @@ def _launch(
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Runs a call into `out`, or a new tensor, and returns it."""
-    shape = _check(x, parts, bias, other, call)
+    shape = _check(x, parts, bias, other, call, route)
     y = x.new_empty(shape) if out is None else out
     if y.numel():
         if x.ndim != 2:
@@ -106,8 +128,12 @@ def _run(
         out.copy_(epilogues.finish(y.contiguous(), other, call.epilogue) if call.epilogue else y)
         return
     x = x.contiguous()
-    for limit, kernel in parse_route(route):
+    for limit, kernel, layout in parse_route(route):
         if limit is None or x.shape[0] <= limit:
+            if "/" in route:
+                wanted = layout or call.layout
+                call, place = next(copy for copy in copies(call, route, x.device.type) if copy[0].layout == wanted)
+                parts = parts[place]
             refusal = _refusal(kernel, call, x.dtype, x.device.type)
             if refusal is not None:
                 raise ArgumentError("route", route, f"for {call} on {x.device}, kernel {kernel.name}: {refusal}")
@@ -156,8 +182,7 @@ def _define(layout: str) -> Any:
         x: Tensor, parts: list[Tensor], bias: Tensor | None, other: Tensor | None, n: int, k: int, format: str,
         epilogue: str, route: str,
     ) -> Tensor:  # fmt: skip
-        parse_route(route)
-        return x.new_empty(_check(x, parts, bias, other, _call(layout, format, n, k, epilogue)))
+        return x.new_empty(_check(x, parts, bias, other, _call(layout, format, n, k, epilogue), route))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, parts, bias, _, *ctx.how = inputs
@@ -176,7 +201,8 @@ def _define(layout: str) -> Any:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             dequantize = getattr(torch.ops.lq.dequantize, VERSION)
-            grad_x = grad @ dequantize(parts, layout, n, k, format, ctx.dtype)
+            _, own = copies(_call(layout, format, n, k, epilogue), route, grad.device.type)[0]
+            grad_x = grad @ dequantize(parts[own], layout, n, k, format, ctx.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, n).sum(0)
         return grad_x, [None] * len(parts), grad_bias, grad_other, None, None, None, None, None

@@ -91,7 +91,8 @@ def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
         times.append(seconds if batch.split == 1 else once)
     if not times or len(pieces) < len(plans):
         return few
-    beyond = device.launch + sympy.Min(*times)
+    # Not simplified: sympy takes long to compare expressions.
+    beyond = device.launch + sympy.Min(*times, evaluate=False)
     return sympy.Piecewise((few, m <= FEW), *pieces, (beyond, True))
 
 

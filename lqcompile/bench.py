@@ -4,165 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-import sympy
 import torch
 from torch import Tensor
 
-from . import regret, timing
+from . import picture, profile, regret, timing
 from .cli import Exit
 from .errors import ArgumentError
+from .formats import random_weight
 from .kernels import pages, registry
 from .kernels.layout import LAYOUTS
 from .neighbours import NEIGHBOURS, Held, Neighbour
 from .quantize import NAME_OF_DTYPE
+from .request import Options
 from .results import TIMED, Row, clocks, committed, facts, head, heading, line, short, summary, table
-from .trial import Candidate, Outcome, dense, ours, random_weight, theirs, truth_of
-from .types import SCALE_DTYPES, Format, Problem, QWeight
+from .trial import Candidate, Outcome, dense, ours, theirs, truth_of
+from .types import Problem, QWeight
 
 __all__ = ["Options", "bench", "committed", "table"]
 
-Shape = tuple[int, int]
 T = TypeVar("T")
-SHAPES: dict[str, tuple[Shape, ...]] = {
-    "standard": ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (49152, 12288)),
-    # q and o; k and v; gate and up; down; the head.
-    "llama3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096)),
-}
-CPU_SHAPES = ((1024, 1024), (4096, 4096))
-FORMATS = (
-    "binary:2:128:float,binary:3:128:float,binary:4:128:float,affine:4:128:none,affine:4:128:int,"
-    "affine:8:128:none,table:4:64:none"
-)
-FORMAT_HELP = "form:bits:group:zero[:scale_dtype], such as affine:4:128:int; scales default to x's dtype"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `lq bench` was asked for. None is the device's default; `time_limit` is in seconds."""
-
-    device: torch.device
-    shapes: tuple[Shape, ...] | None = None
-    ms: tuple[int, ...] = (1, 2, 4, 8)
-    formats: tuple[str, ...] = tuple(FORMATS.split(","))
-    kernels: tuple[str, ...] | None = None
-    dtypes: tuple[torch.dtype, ...] | None = None
-    bias: bool = False
-    neighbours: bool = True
-    json: Path | None = None
-    repeats: int = 15
-    regret: bool = False
-    time_limit: float | None = None
-
-    def problems(self) -> list[Problem]:
-        """Every problem, those of one weight together. Raises ArgumentError for a dtype that the device is not for."""
-        gpu = self.device.type == "cuda"
-        dtypes = self.dtypes or ((torch.float16,) if gpu else (torch.float32,))
-        if gpu and torch.float32 in dtypes:
-            raise ArgumentError("--dtype", "float32", f"float16 | bfloat16 on {self.device}")
-        shapes = self.shapes or (SHAPES["standard"] if gpu else CPU_SHAPES)
-        found = []
-        for (n, k), dtype, spec, m in itertools.product(shapes, dtypes, self.formats, self.ms):
-            full = spec if spec.count(":") == 4 else f"{spec}:{NAME_OF_DTYPE[dtype]}"
-            found.append(Problem(sympy.Integer(m), (m, m), n, k, Format.parse(full), dtype, self.device))
-        return found
-
-
-def listed(option: str, text: str, accepted: str, read: Callable[[str], T]) -> tuple[T, ...]:
-    found = []
-    for piece in text.split(","):
-        try:
-            found.append(read(piece.strip()))
-        except (ValueError, KeyError) as error:
-            # A format's own complaint says more than that it was not accepted.
-            why = f"; {error}" if isinstance(error, ArgumentError) else ""
-            raise ArgumentError(option, piece, accepted + why) from error
-    return tuple(dict.fromkeys(found))
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
-def shapes(text: str) -> tuple[Shape, ...]:
-    """ "4096x4096,..." or the name of a list. Raises ArgumentError, as all readers of options do."""
-
-    def read(piece: str) -> Shape:
-        n, k = piece.split("x")
-        return positive(n), positive(k)
-
-    return SHAPES.get(text) or listed("--shapes", text, f"NxK,... | {' | '.join(SHAPES)}", read)
-
-
-def ms(text: str) -> tuple[int, ...]:
-    """ "1,2,4,8": rows of x."""
-    return listed("--m", text, "ints of at least 1, such as 1,2,4,8", positive)
-
-
-def formats(text: str) -> tuple[str, ...]:
-    """Specs of a format, each with or without its scale dtype."""
-
-    def read(piece: str) -> str:
-        Format.parse(piece if piece.count(":") == 4 else f"{piece}:float16")
-        return piece
-
-    return listed("--formats", text, FORMAT_HELP, read)
-
-
-def kernels(text: str) -> tuple[str, ...]:
-    """Names of registered kernels."""
-    known = registry.discover()
-    return listed("--kernels", text, ", ".join(sorted(known)), lambda name: known[name].name)
-
-
-def dtypes(text: str) -> tuple[torch.dtype, ...]:
-    """Names of x's dtypes."""
-    return listed("--dtype", text, " | ".join(SCALE_DTYPES), SCALE_DTYPES.__getitem__)
-
-
-def device(text: str) -> torch.device:
-    """ "cpu", "cuda" or "cuda:1", if it is there."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = {"cpu": torch.device("cpu")} | {f"cuda:{i}": torch.device("cuda", i) for i in range(count)}
-    if count:
-        there["cuda"] = torch.device("cuda", torch.cuda.current_device())
-    if text not in there:
-        raise ArgumentError("--device", text, " | ".join(sorted(there)))
-    return there[text]
-
-
-def default_device() -> torch.device:
-    """The current GPU, or the CPU where there is none."""
-    return device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def repeats(text: str) -> int:
-    """How many samples of each candidate."""
-    try:
-        return positive(text)
-    except ValueError as error:
-        raise ArgumentError("--repeats", text, "an int of at least 1") from error
-
-
-def time_limit(text: str) -> float:
-    """Seconds after which no further problem is begun."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise ArgumentError("--time-limit", text, "seconds above 0")
-    return seconds
+# Of the problems of whole models, what is predicted to take so many times as long as another kernel of its layout is
+# not timed: it would not be chosen, and thousands of small launches take long.
+HOPELESS = {"cuda": 12.0, "cpu": math.inf}
 
 
 def bench(options: Options, command: Sequence[str] = ("lq", "bench")) -> int:
@@ -204,8 +73,10 @@ class _Session:
     def __init__(self, options: Options, command: Sequence[str]) -> None:
         self.options, self.timer, self.begun = options, timing.timer(options.device), time.monotonic()
         self.rows: list[Row] = []
+        self.points: list[regret.Point] = []
         self.skipped: list[dict[str, str]] = []
-        others = [other for other in NEIGHBOURS if options.neighbours and options.device.type in other.devices]
+        wanted = options.neighbours and not options.draw
+        others = [other for other in NEIGHBOURS if wanted and options.device.type in other.devices]
         missing = {other.name: other.missing() for other in others}
         self.others = [other for other in others if missing[other.name] is None]
         self.cache: dict[str, tuple[Any, Any]] = {}
@@ -219,6 +90,7 @@ class _Session:
         }
 
     def run(self, problems: Sequence[Problem]) -> int:
+        problems = self.resumed(problems)
         print(head(self.document), heading(self.timer.dense), sep="\n\n", flush=True)
         for i, problem in enumerate(problems):
             limit = self.options.time_limit
@@ -236,14 +108,30 @@ class _Session:
             for row in found:
                 print(line(row), flush=True)
             self.rows += found
+            if self.options.regret or self.options.draw or self.options.picture is not None:
+                self.points += regret.points(found, self.options.device)
             self.write()
         self.document["clocks_at_end"] = clocks(self.options.device)
         self.write()
         print("", summary(self.rows, len(self.skipped)), sep="\n")
-        if self.options.regret:
-            print("", regret.report(regret.points(self.rows, self.options.device)), sep="\n")
+        if self.options.regret or self.options.draw:
+            print("", regret.report(self.points), sep="\n")
+        if self.options.picture is not None:
+            self.options.picture.write_text(picture.svg(self.points, self.options.device))
         bad = any(row.kind == "ours" and row.verdict in ("WRONG", "FAILED") for row in self.rows)
         return Exit.PROOF_FAILED if bad else Exit.FINE
+
+    def resumed(self, problems: Sequence[Problem]) -> list[Problem]:
+        """What is left of some problems. Raises ArgumentError where the file to go on with is of another device."""
+        path = self.options.json
+        if not self.options.resume or path is None or not path.exists():
+            return list(problems)
+        before = json.loads(path.read_text())
+        if before.get("device") != self.document["device"]:
+            raise ArgumentError("--resume", str(path), f"results of {self.document['device']['name']}")
+        self.points = regret.read(before)
+        done = {point.problem for point in self.points}
+        return [p for p in problems if (p.n, p.k, int(p.m), p.format.spec, NAME_OF_DTYPE[p.x_dtype]) not in done]
 
     def measure(self, problem: Problem) -> list[Row]:
         """The rows of one problem; none, with a note, where nothing of ours or of a neighbour accepts it."""
@@ -251,6 +139,8 @@ class _Session:
         if k % f.group:
             return self.skip(problem, f"group {f.group} does not divide k={k}")
         wanted = self.accepting(problem)
+        if self.options.draw:
+            wanted = self.hopeful(problem, wanted)
         others = [other for other in self.others if other.accepts(problem) is None]
         if not wanted and not others:
             return self.skip(problem, "no kernel accepts it")
@@ -286,6 +176,16 @@ class _Session:
                     found.append((kernel, call))
         return found
 
+    def hopeful(
+        self, problem: Problem, wanted: Sequence[tuple[registry.Kernel, registry.Call]]
+    ) -> list[tuple[registry.Kernel, registry.Call]]:
+        """Those of `wanted` that may be chosen in their layouts."""
+        facts, most = profile.of(problem.device), HOPELESS[problem.device.type]
+        ways = [(kernel.name, call.layout) for kernel, call in wanted]
+        predicted = {way: regret.seconds(problem, way, facts) for way in ways}
+        least = {layout: min(s for way, s in predicted.items() if way[1] == layout) for _, layout in ways}
+        return [pair for pair, way in zip(wanted, ways, strict=True) if predicted[way] <= most * least[way[1]]]
+
     def cached(self, name: str, key: Any, make: Callable[[], T]) -> T:
         """What was made last under `name`, if for this key; the old one is let go before the new one is made."""
         if self.cache.get(name, (None, None))[0] != key:
@@ -310,7 +210,8 @@ class _Session:
 
     def timed(self, problem: Problem, candidates: list[Candidate]) -> list[Row]:
         """Checks every candidate, times those that are right, all in turns, and looks at their last results again."""
-        lights = [self.light(size) for size in sorted({c.bytes for c in candidates if c.kind != "dense"})]
+        sizes = () if self.options.draw else sorted({c.bytes for c in candidates if c.kind != "dense"})
+        lights = [self.light(size) for size in sizes]
         candidates = [*candidates, *(c for c in lights if c is not None)]
         outcomes = [_attempt(c.check) for c in candidates]
         samplers: dict[int, timing.Sampler] = {}
@@ -348,8 +249,12 @@ class _Session:
 
     def write(self) -> None:
         if self.options.json is not None:
-            rows = [dataclasses.asdict(row) for row in self.rows]
+            # Of whole models only what choices cost is kept: rows of some hundred problems are a megabyte.
+            rows = [] if self.options.draw else [dataclasses.asdict(row) for row in self.rows]
             document = {**self.document, "skipped": self.skipped, "rows": rows}
+            if self.points:
+                facts = dataclasses.asdict(profile.of(self.options.device))
+                document |= {"profile": facts, **regret.document(self.points)}
             self.options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -18,19 +18,22 @@ READS = {
     "cpu": (64 << 10, 1 << 20, 8 << 20, 64 << 20),
 }
 SQUARE = {"cuda": 8192, "cpu": 1024}
+DTYPES = {"rate": torch.float32, "half": torch.bfloat16}
 REPEATS = 7
+UNITS = (("bandwidth", "GB/s", 1e-9), ("rate", "Gop/s", 1e-9), ("half", "Gop/s", 1e-9), ("launch", "us", 1e6))
 
 
 def measure(device: torch.device) -> Device:
-    """Bandwidth and launch from reads of several sizes, rate from a matmul in the dtype that kernels compete in."""
+    """Bandwidth and launch from reads of several sizes, rates from a matmul."""
     timer, derived = timing.timer(device), Device.of(device)
     bandwidth, launch = fitted({size: _median(timer, timer.light(size)[0]) for size in READS[device.type]})
-    n, dtype = SQUARE[device.type], torch.float16 if device.type == "cuda" else torch.float32
-    a, b = (torch.randn((n, n), device=device).to(dtype) for _ in range(2))
-    product = _median(timer, [partial(torch.mm, a, b, out=torch.empty_like(a))])
-    # Small reads that a cache serves may seem to need no time to begin with.
-    launch = max(launch, derived.launch / 10)
-    return dataclasses.replace(derived, bandwidth=bandwidth, rate=2.0 * n**3 / product, launch=launch)
+    n, rates = SQUARE[device.type], {}
+    for name, dtype in DTYPES.items():
+        a, b = (torch.randn((n, n), device=device).to(dtype) for _ in range(2))
+        rates[name] = 2.0 * n**3 / _median(timer, [partial(torch.mm, a, b, out=torch.empty_like(a))])
+    # Small reads that a cache serves may seem to need no time to begin with; on a CPU it is Python's, which they lack.
+    launch = max(launch, derived.launch / (10 if device.type == "cuda" else 1))
+    return dataclasses.replace(derived, bandwidth=bandwidth, launch=launch, rate=rates["rate"], half=rates["half"])
 
 
 def _median(timer: timing.Timer, runs: list[timing.Run]) -> float:
@@ -43,7 +46,7 @@ def calibrate(device: torch.device) -> int:
     found = measure(device)
     profile.keep(found)
     print(f"{found.name}, measured in {time.perf_counter() - start:.0f} s and kept for later plans")
-    for name, unit, scale in (("bandwidth", "GB/s", 1e-9), ("rate", "Gop/s", 1e-9), ("launch", "us", 1e6)):
+    for name, unit, scale in UNITS:
         now, before = getattr(found, name) * scale, getattr(derived, name) * scale
         print(f"  {name:<10}{now:>12,.1f} {unit:<6} without: {before:,.1f}")
     return Exit.FINE

@@ -67,7 +67,7 @@ def _kernels(given: argparse.Namespace) -> int:
 
 
 def _bench(given: argparse.Namespace) -> int:
-    from . import bench
+    from . import bench, request
     from .errors import ArgumentError
 
     mode = next((name for name in ("model", "transformers") if getattr(given, name) is not None), "matmuls")
@@ -79,10 +79,10 @@ def _bench(given: argparse.Namespace) -> int:
             modes = " | ".join(mode for mode, options in BENCH.items() if name in (other for _, other, *_ in options))
             raise ArgumentError(option, getattr(given, name), f"nothing in a bench of {mode}; it is for {modes}")
     chosen = {name: value for name, value in vars(given).items() if name in known and value is not None}
-    chosen.setdefault("device", bench.default_device())
+    chosen.setdefault("device", request.default_device())
     command = ("lq", *given.argv)
     if mode == "matmuls":
-        return bench.bench(bench.Options(**chosen), command)
+        return bench.bench(request.Options(**chosen), command)
     from . import generate_bench, model_bench
 
     if mode == "model":
@@ -92,12 +92,12 @@ def _bench(given: argparse.Namespace) -> int:
 
 
 def _calibrate(given: argparse.Namespace) -> int:
-    from . import bench, calibrate
+    from . import calibrate, request
 
-    return calibrate.calibrate(given.device or bench.default_device())
+    return calibrate.calibrate(given.device or request.default_device())
 
 
-def _read(name: str, room: str = "bench") -> Callable[[str], Any]:
+def _read(name: str, room: str = "request") -> Callable[[str], Any]:
     """The reader of an option of `lq bench`; torch is imported only where one is given."""
 
     def read(text: str) -> Any:
@@ -135,6 +135,9 @@ KERNEL_OPTIONS: tuple[Option, ...] = (
     ("--bias", "bias", None, "", "add a bias (no)"),
     ("--neighbours", "neighbours", None, "", "time other libraries too (yes)"),
     ("--regret", "regret", None, "", "what the cost model's choices cost (no)"),
+    ("--picture", "picture", _read("picture"), "FILE.svg", "draw time against M, predicted and measured"),
+    ("--draw", "draw", _read("draw"), "N", "N problems drawn from whole models, and what choices cost"),
+    ("--resume", "resume", None, "", "go on with the FILE of --draw N --json FILE (no)"),
 )
 MODEL_OPTIONS: tuple[Option, ...] = (
     ("--bits", "bits", _read("bits", "model_options"), "N", "of a weight (4)"),

@@ -26,6 +26,9 @@ class Config:
     explain        print what became of each matmul, on stderr, whenever a graph is compiled; LQ_EXPLAIN=1 does too
     workload       by number of rows of x how often they come, in any unit: where that number is not known when a model
                    is compiled, each weight is packed for what takes the least time over all
+    copies         1, or 2 to allow a weight of which the number of rows is not known two packed copies, one for few
+                   rows and one for many, where that is predicted to take less time
+    autotune       time the kernels that could run each shape while compiling, instead of predicting their time
     inductor       options of Inductor itself, passed on
     """
 
@@ -33,12 +36,15 @@ class Config:
     check_weights: str = "every_call"
     explain: bool = False
     workload: Mapping[int, float] = field(default_factory=lambda: dict(WORKLOAD))
+    copies: int = 1
+    autotune: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """Names everything of ours that may change generated code; part of both Inductor cache keys."""
-        return f"strict={self.strict} workload={sorted(self.workload.items())}"
+        tuned = f"copies={self.copies} autotune={self.autotune}"
+        return f"strict={self.strict} workload={sorted(self.workload.items())} {tuned}"
 
 
 OWN = tuple(f.name for f in fields(Config) if f.name != "inductor")
@@ -58,11 +64,13 @@ def make(mode: str | None, options: Mapping[str, Any] | None) -> Config:
     for name in given:
         if name.replace("-", "_") not in known:
             raise ArgumentError("options", name, f"{', '.join(('mode', *OWN))}, or an option of Inductor")
-    for flag in ("strict", "explain"):
+    for flag in ("strict", "explain", "autotune"):
         if not isinstance(own.get(flag, False), bool):
             raise ArgumentError(f"options['{flag}']", own[flag], "True | False")
     if own.get("check_weights", CHECK_WEIGHTS[0]) not in CHECK_WEIGHTS:
         raise ArgumentError("options['check_weights']", own["check_weights"], " | ".join(CHECK_WEIGHTS))
+    if type(own.get("copies", 1)) is not int or own.get("copies", 1) not in (1, 2):
+        raise ArgumentError("options['copies']", own["copies"], "1 | 2")
     if "workload" in own:
         own["workload"] = _workload(own["workload"])
     inductor = {**modes.get(mode or "default", {}), **{k.replace("-", "_"): v for k, v in given.items()}}

@@ -231,3 +231,36 @@ def refit(w: QWeight, format: Format, table_shape: tuple[int, ...] | None = None
 def _widened(table: torch.Tensor, bits: int, repeat: int) -> torch.Tensor:
     table = torch.nn.functional.pad(table, (0, (1 << bits) - table.shape[-1]))
     return table.repeat_interleave(repeat, dim=1) if table.ndim == 3 else table
+
+
+def random_weight(
+    format: Format, n: int, k: int, device: torch.device, generator: torch.Generator | None = None
+) -> QWeight:
+    """A weight with random codes and parts, made on `device`: no quantizer runs. Its elements are of the order of 1."""
+    low, high = code_range(format)
+    dtype, groups, levels = SCALE_DTYPES[format.scale_dtype], k // format.group, 1 << format.bits
+
+    def around(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, device=device, generator=generator).add_(0.5)
+
+    parts: dict[str, torch.Tensor] = {}
+    if format.form == "binary":
+        powers = 2.0 ** torch.arange(-format.bits, 0, device=device)
+        parts["alpha"] = (around(n, groups, format.bits) * powers).to(dtype)
+        if format.zero == "float":
+            parts["offset"] = (around(n, groups) - 1).to(dtype)
+    elif format.form == "table":
+        parts["scale"] = around(n, groups).to(dtype)
+        parts["table"] = torch.randn(levels, device=device, generator=generator)
+    else:
+        # Powers of two keep a scale out of the subnormal range of half precision at every number of bits.
+        parts["scale"] = (around(n, groups) / levels).to(dtype)
+        if format.zero == "int":
+            parts["zero"] = torch.randint(
+                low, high + 1, (n, groups), dtype=torch.int16, device=device, generator=generator
+            )
+        elif format.zero == "float":
+            parts["zero"] = torch.rand((n, groups), device=device, generator=generator).mul_(high)
+    code_dtype = torch.int8 if low < 0 else torch.uint8
+    codes = torch.randint(low, high + 1, (n, k), dtype=code_dtype, device=device, generator=generator)
+    return QWeight(format, n, k, codes, **parts)

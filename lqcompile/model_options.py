@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from . import decoder
-from .bench import listed, positive
 from .errors import ArgumentError
 from .quantize import METHODS
+from .request import listed, positive
 from .ways import WAYS
 
 # Steps, or runs of a prompt, that are checked: Inductor's first call warms up, its second records, the rest replay.

@@ -15,9 +15,9 @@ from . import cache
 from .device import Device
 from .errors import ArgumentError
 
-SCHEMA = 1
+SCHEMA = 2
 # What is measured, in the units of Device, and between which numbers it is believed.
-MEASURED = {"bandwidth": (1e8, 1e14), "rate": (1e8, 1e17), "launch": (1e-9, 1e-2)}
+MEASURED = {"bandwidth": (1e8, 1e14), "rate": (1e8, 1e17), "half": (1e8, 1e17), "launch": (1e-9, 1e-2)}
 FIELDS = [field.name for field in dataclasses.fields(Device)]
 
 
@@ -30,7 +30,7 @@ def keep(found: Device) -> None:
     """Keeps measured facts for every later process. Raises ArgumentError for facts that cannot be."""
     data = json.dumps({"schema": SCHEMA, **dataclasses.asdict(found)}).encode()
     read(data, found)
-    cache.default().put("profile", _key(found), data, device=found.name)
+    cache.default().put("profile", key(found), data, device=found.name)
     _stored.cache_clear()
 
 
@@ -56,13 +56,14 @@ def _number(name: str, value: Any, least: float, most: float) -> None:
         raise ArgumentError(name, value, f"a number from {least:g} to {most:g}")
 
 
-def _key(device: Device) -> str:
+def key(device: Device) -> str:
+    """Names a device in keys of the cache."""
     return f"{device.kind} {device.name} {device.arch} {device.processors}"
 
 
 @functools.lru_cache(maxsize=64)
 def _stored(derived: Device, store: cache.Cache) -> Device:
-    data = store.get("profile", _key(derived))
+    data = store.get("profile", key(derived))
     if data is None:
         return derived
     try:

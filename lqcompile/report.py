@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -165,7 +165,8 @@ class Report:
         if not self.rewritten:
             return counts
         found = predicted(self.decisions)
-        speed = "" if found is None else f"      predicted {found[1]:.2g}x at M={found[0]}"
+        how = "measured" if all(map(tuned, self.decisions)) else "predicted"
+        speed = "" if found is None else f"      {how} {found[1]:.2g}x at M={found[0]}"
         return f"{counts}      weights {size(self.bytes_before)} -> {size(self.bytes_after)}{speed}"
 
     def next_step(self) -> str:
@@ -233,6 +234,11 @@ def predicted(decisions: Iterable[Decision]) -> tuple[int, float] | None:
     return (min(least), theirs / ours) if least and ours > 0 else None
 
 
+def tuned(d: Decision) -> bool:
+    """Whether what a matmul takes was timed while compiling; true of one that was kept."""
+    return d.outcome != "rewritten" or (d.dense is not None and bool(d.dense.measured))
+
+
 def timed(d: Decision, device: Mapping[str, Any]) -> float | None:
     """How many times faster than dense `lq bench` measured this problem on this device, at its least M; or None."""
     if d.format is None or not d.pieces:
@@ -268,16 +274,18 @@ def _decision(id: str, d: Decision, device: Mapping[str, Any], structures: _Once
     if d.outcome == "rewritten":
         out |= {"rule": d.rule, "proof": d.proof, "layout": d.layout}
         out |= {"bytes_before": d.bytes_before, "bytes_after": d.bytes_after}
-        found = predicted([d])
+        found, faster, how = predicted([d]), timed(d, device), "lq bench on this device"
+        if found is not None and tuned(d):
+            faster, found, how = found[1], None, "autotune"
         out["predicted"] = None if found is None else {"m": found[0], "speedup": _short(found[1])}
-        faster = timed(d, device)
-        out["measured"] = None if faster is None else {"m": d.pieces[0].low, "speedup": _short(faster)}
+        out["measured"] = None if faster is None else {"m": d.pieces[0].low, "speedup": _short(faster), "by": how}
         out["pieces"] = [
             {
                 "when": when(p),
                 "low": p.low,
                 "high": p.high,
                 "kernel": p.kernel,
+                "copy": copy_of(p, d.pieces),
                 "seconds": p.seconds if math.isfinite(p.seconds) else None,
             }
             for p in d.pieces
@@ -306,7 +314,15 @@ def _steps(steps: Iterable[Step]) -> list[dict[str, Any]]:
 def _curve(d: Decision) -> dict[str, Any]:
     assert d.dense is not None
     every = [*d.candidates, d.dense]
-    lines = [{"name": c.kernel, "seconds": [_short(s) for s in cost.sample(c.seconds, CURVE)]} for c in every]
+    several = len({c.layout for c in d.candidates}) > 1
+    lines = [
+        {
+            "name": f"{c.kernel} ({c.layout})" if several and c.layout else c.kernel,
+            "seconds": [_short(s) for s in cost.sample(c.seconds, CURVE)],
+            "measured": [[m, _short(s)] for m, s in c.measured],
+        }
+        for c in every
+    ]
     crossings = [p.low for p in cost.pieces(d.candidates, 1, None)[1:]]
     return {"m": list(CURVE), "lines": lines, "light": _short(d.light), "crossings": crossings}
 
@@ -314,6 +330,11 @@ def _curve(d: Decision) -> dict[str, Any]:
 def _short(value: float) -> float:
     """Three digits: what a reader sees, and a page need not carry more."""
     return float(f"{value:.3g}") if math.isfinite(value) else 0.0
+
+
+def copy_of(p: Piece, pieces: Sequence[Piece]) -> str:
+    """The layout of the copy that a piece reads, where its weight has several; else ""."""
+    return p.layout if len({each.layout for each in pieces}) > 1 else ""
 
 
 def when(p: Piece) -> str:

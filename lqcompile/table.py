@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 from .errors import Reason
-from .report import UNQUANTIZED, Report, advice, predicted, size, timed, when, with_ids
+from .report import UNQUANTIZED, Report, advice, copy_of, predicted, size, timed, tuned, when, with_ids
 from .types import Decision, Piece
 
 WIDTH = 100
@@ -70,8 +70,11 @@ def _rewritten(report: Report) -> Iterator[Line]:
         before, after = sum(d.bytes_before for d in found), sum(d.bytes_after for d in found)
         speed, ratios = predicted(found), [t for d in found if (t := timed(d, report.device)) is not None]
         shown = "" if speed is None else f"{speed[1]:.2g}x"
-        shown += f" ({sum(ratios) / len(ratios):.2g}x measured)" if ratios else ""
-        noted |= speed is not None
+        if shown and all(map(tuned, found)):
+            shown += " measured"
+        else:
+            shown += f" ({sum(ratios) / len(ratios):.2g}x measured)" if ratios else ""
+            noted |= speed is not None
         rows.append(
             (
                 _counted(path, [d.where.path for d in found], LAYER),
@@ -142,7 +145,12 @@ def _counted(path: str, paths: Sequence[str], width: int) -> str:
 def _kernels(pieces: tuple[Piece, ...]) -> str:
     if len(pieces) == 1:
         return fit(pieces[0].kernel, 30)
-    return ", ".join(f"{fit(p.kernel, 30)} for {when(p)}" for p in pieces)
+    return ", ".join(f"{fit(_way(p, pieces), 30)} for {when(p)}" for p in pieces)
+
+
+def _way(p: Piece, pieces: tuple[Piece, ...]) -> str:
+    copy = copy_of(p, pieces)
+    return f"{p.kernel} ({copy} copy)" if copy else p.kernel
 
 
 def fit(text: str, width: int, keep_end: bool = False) -> str:

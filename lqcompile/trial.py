@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .formats import bound, code_range, dequantize
+from .formats import bound, dequantize
 from .formats import rows as rows_of
 from .kernels.registry import Call, Kernel
 from .neighbours import Held, Neighbour
 from .timing import Run
-from .types import SCALE_DTYPES, Format, QWeight, Rounding
+from .types import QWeight, Rounding
 
 # A weight of more elements is checked at this many of its rows.
 MOST_ELEMENTS, MOST_ROWS, TILE = 64 << 20, 2048, 128
@@ -22,35 +22,6 @@ CHUNK = 1 << 24
 # Relative error in the norm that a neighbour may show: its own roundings are not known.
 LOOSE = {torch.float16: 1e-2, torch.bfloat16: 3e-2, torch.float32: 1e-3}
 Outcome = tuple[str, float | None, str]
-
-
-def random_weight(format: Format, n: int, k: int, device: torch.device) -> QWeight:
-    """A weight with random codes and parts, made on `device`: no quantizer runs. Its elements are of the order of 1."""
-    low, high = code_range(format)
-    dtype, groups, levels = SCALE_DTYPES[format.scale_dtype], k // format.group, 1 << format.bits
-
-    def around(*shape: int) -> Tensor:
-        return torch.rand(shape, device=device).add_(0.5)
-
-    parts: dict[str, Tensor] = {}
-    if format.form == "binary":
-        powers = 2.0 ** torch.arange(-format.bits, 0, device=device)
-        parts["alpha"] = (around(n, groups, format.bits) * powers).to(dtype)
-        if format.zero == "float":
-            parts["offset"] = (around(n, groups) - 1).to(dtype)
-    elif format.form == "table":
-        parts["scale"] = around(n, groups).to(dtype)
-        parts["table"] = torch.randn(levels, device=device)
-    else:
-        # Powers of two keep a scale out of the subnormal range of half precision at every number of bits.
-        parts["scale"] = (around(n, groups) / levels).to(dtype)
-        if format.zero == "int":
-            parts["zero"] = torch.randint(low, high + 1, (n, groups), dtype=torch.int16, device=device)
-        elif format.zero == "float":
-            parts["zero"] = torch.rand((n, groups), device=device).mul_(high)
-    code_dtype = torch.int8 if low < 0 else torch.uint8
-    codes = torch.randint(low, high + 1, (n, k), dtype=code_dtype, device=device)
-    return QWeight(format, n, k, codes, **parts)
 
 
 def chosen_rows(n: int, k: int) -> Tensor:

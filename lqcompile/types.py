@@ -151,21 +151,26 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel that could run a problem, and its predicted time as an expression in m."""
+    """A kernel that could run a problem, and its time as an expression in m.
+
+    measured  (m, seconds) where it was timed; `seconds` goes through these points. Elsewhere it is predicted.
+    """
 
     kernel: str
     layout: str
     seconds: sympy.Expr
+    measured: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One range of m, inclusive, and the kernel that serves it."""
+    """One range of m, inclusive, and the kernel that serves it from the copy in `layout`."""
 
     low: int
     high: int | None
     kernel: str
     seconds: float
+    layout: str = ""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Branch:
 
 def page(document: Mapping[str, Any]) -> str:
     """The HTML of a report. Raises nothing for any name: what cannot be shown in HTML is shown as U+FFFD."""
-    script = _asset("page.js")
+    script = asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     structures = [
         {"before": drawing(s["before"]), "after": drawing(s["after"]), "diff": difference(s)}
@@ -61,7 +61,7 @@ def page(document: Mapping[str, Any]) -> str:
             tree=tree(document["decisions"]),
             structures=structures,
             curves=[plot(curve) for curve in document["curves"]],
-            css=_asset("page.css"),
+            css=asset("page.css"),
             script=script,
             digest=digest,
             data=_data(document),
@@ -72,14 +72,15 @@ def page(document: Mapping[str, Any]) -> str:
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\ufffd", text)
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of the folder page."""
     return resources.files(__package__).joinpath("page", name).read_text(encoding="utf-8")
 
 
 @functools.cache
 def templates() -> jinja2.Environment:
-    """The files of lqcompile/page as templates; what is put into them is escaped."""
-    loader = jinja2.FunctionLoader(_asset)
+    """What is in the folder page, as templates."""
+    loader = jinja2.FunctionLoader(asset)
     return jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -184,15 +185,19 @@ def _primed(text: str) -> str:
 
 
 def plot(curve: Mapping[str, Any]) -> dict[str, Any]:
-    """Time against M on logarithmic axes: a line for each kernel and the dense weight, light, and the crossings."""
+    """Time against M on logarithmic axes: a line for each kernel and the dense weight, light, and the crossings.
+
+    What was measured is dots.
+    """
     ms, lines, light = curve["m"], curve["lines"], curve["light"]
     every = [s for line in lines for s in line["seconds"] if s > 0] + [light] * (light > 0)
+    every += [s for line in lines for _, s in line.get("measured", ())]
     low, high = math.floor(math.log10(min(every, default=1e-6))), math.ceil(math.log10(max(every, default=1e-5)))
     high = max(high, low + 1)
     width, height, left, below = PLOT
 
     def x(m: float) -> float:
-        return round(left + math.log(m) / math.log(ms[-1]) * (width - left - 10), 1)
+        return round(left + math.log(m) / math.log(max(ms[-1], 2)) * (width - left - 10), 1)
 
     def y(seconds: float) -> float:
         share = (math.log10(max(seconds, 10**low)) - low) / (high - low)
@@ -203,6 +208,8 @@ def plot(curve: Mapping[str, Any]) -> dict[str, Any]:
             "name": line["name"],
             "style": "dense" if line["name"] == "dense weight" else f"k{i % STYLES}",
             "points": " ".join(f"{x(m)},{y(s)}" for m, s in zip(ms, line["seconds"], strict=True)),
+            "end": y(line["seconds"][-1]),
+            "dots": [{"x": x(m), "y": y(s)} for m, s in line.get("measured", ())],
         }
         for i, line in enumerate(lines)
     ]

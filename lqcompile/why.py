@@ -74,12 +74,16 @@ def why(document: Document, layer: str) -> Iterator[Line]:
     if rewritten:
         yield "", ""
         for piece in d["pieces"]:
-            yield "", fit(f"  {piece['when']:<20} {piece['kernel']}", 100)
+            yield "", fit(f"  {piece['when']:<20} {_way(piece)}", 100)
         return
     rules = ", ".join(dict.fromkeys(m["rule"] for m in d["near_misses"] if m["rule"]))
     yield "", fit(f"  nearest rule  {rules or 'none: recognition ended before any rule was tried'}", 100)
     for line in wrap(f"what to change: {d['advice']}", "  ", "    "):
         yield "bold", line
+
+
+def _way(piece: Mapping[str, Any]) -> str:
+    return f"{piece['kernel']} ({piece['copy']} copy)" if piece.get("copy") else str(piece["kernel"])
 
 
 def progress_of(steps: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
@@ -133,5 +137,5 @@ def diff(old: Document, new: Document) -> list[Line]:
 def _decided(d: Mapping[str, Any]) -> str:
     if d["outcome"] != "rewritten":
         return f"kept: {d.get('reason')}"
-    ranges = ", ".join(f"{p['kernel']} for {p['when']}" for p in d["pieces"])
+    ranges = ", ".join(f"{_way(p)} for {p['when']}" for p in d["pieces"])
     return f"rewritten: {d['formula']} by {d['rule']}, {d['proof']}, {d['layout']}: {ranges}"

@@ -211,7 +211,7 @@ def _gemm(
     if packed.perm is not None:
         x = emit(torch.index_select, x, fake_value(x).ndim - 1, inputs.node(packed.perm))
     parts = [inputs.node(part) for part in packed.parts]
-    op = ops.GEMMS[plan.layout]
+    op = ops.GEMMS[packed.layouts[0]]
     return emit(op, x, parts, bias, other, packed.n, packed.k, packed.format.spec, plan.bundle.epilogue, plan.route)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from ..types import Candidate, Decision
 from .constants import Constants, fake_value
 from .lower import Lowered, lower
 from .merge import bundles
-from .plan import Plan, Planner
+from .plan import Plan, Planner, with_threads
 from .recognise import Kept, Match, Recogniser
 from .verify import Broken, verify
 
@@ -48,35 +47,28 @@ def run(module: fx.GraphModule, inputs: Sequence[Any], config: Config, device: D
     not to be run.
     """
     outcome = Outcome()
-    values = static_values(module, inputs)
+    values, threads = static_values(module, inputs), torch.get_num_threads()
+    # One thread for small codes: to start others for each small operation costs more, 30 times on a busy machine.
     few = max((w.numel() for w in values.values() if not w.is_floating_point()), default=0) < 1 << 22
-    with one_thread(few):
-        _run(outcome, module, values, config, device)
+    with with_threads(1 if few else threads):
+        _run(outcome, module, values, config, device, threads)
     return outcome
 
 
-@contextlib.contextmanager
-def one_thread(wanted: bool = True) -> Iterator[None]:
-    """One thread for small operations: to start others for each costs more, 30 times on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if wanted else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _run(
-    outcome: Outcome, module: fx.GraphModule, values: dict[fx.Node, Tensor], config: Config, device: Device | None
-) -> None:
+    outcome: Outcome, module: fx.GraphModule, values: dict[fx.Node, Tensor], config: Config, device: Device | None,
+    threads: int,
+) -> None:  # fmt: skip
     found = outcome.found
     try:
         constants = outcome.constants = Constants(module.graph, values)
         recogniser = Recogniser(module, constants, config.strict, threads=torch.get_num_threads())
-        with one_thread():
+        with with_threads(1):
             found += _timed(outcome, "recognise", recogniser.run, lambda f: sum(isinstance(m, Match) for m in f))
         outcome.analysed = recogniser.reader.analysed
-        plans, refused = _timed(outcome, "plan", lambda: _plan(found, constants, config, device), lambda p: len(p[0]))
+        plans, refused = _timed(
+            outcome, "plan", lambda: _plan(found, constants, config, device, threads), lambda p: len(p[0])
+        )
         while plans and outcome.lowered is None:
             _lower(outcome, module, constants, plans, refused, config.strict, runs=device is None)
         by_node = {match.anchor: plan for plan in plans for match in plan.bundle.matches}
@@ -144,9 +136,11 @@ def _timed(outcome: Outcome, name: str, work: Callable[[], T], count: Callable[[
 
 
 def _plan(
-    found: Sequence[Match | Kept], constants: Constants, config: Config, device: Device | None
+    found: Sequence[Match | Kept], constants: Constants, config: Config, device: Device | None, threads: int
 ) -> tuple[list[Plan], dict[fx.Node, Reason]]:
-    planner = Planner(constants.values, config.workload, device)
+    planner = Planner(
+        constants.values, config.workload, device, copies=config.copies, autotune=config.autotune, threads=threads
+    )
     plans, refused = [], {}
     with torch.inference_mode(False), torch.no_grad():
         left = bundles([match for match in found if isinstance(match, Match)], constants)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from .. import cost, profile
+from .. import autotune, cost, profile
 from ..device import Device
 from ..errors import Reason, Refused
 from ..formats import refit
@@ -20,13 +22,20 @@ from ..kernels.registry import Call
 from ..types import Candidate, Format, Piece, Problem, QWeight
 from . import meanings
 from .constants import fake_value
+from .evaluate import undisturbed
 from .merge import Bundle, bias_of, join, join_biases
 from .recognise import Match
+
+# How much faster something must be to be worth more memory; and by how many launches, where time is little else.
+MARGIN, LAUNCHES = 1.05, 10
 
 
 @dataclass(eq=False)
 class Packed:
-    """One weight in its layout. The tensors of `parts` keep their addresses when the weight is packed again."""
+    """One weight in its layout, or in two: "lut+quick" has the parts of the one, then those of the other.
+
+    The tensors of `parts` keep their addresses when the weight is packed again.
+    """
 
     layout: str
     format: Format
@@ -35,13 +44,18 @@ class Packed:
     parts: list[Tensor]
     perm: Tensor | None
 
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts of the copies, in the order of their parts."""
+        return tuple(self.layout.split("+"))
+
     def update(self, weight: QWeight) -> bool:
         """Packs new values into the same tensors. False, with nothing changed, if they do not fit this format."""
         table = self.parts[-1] if self.format.form == "table" else None
         fitted = refit(weight, self.format, None if table is None else tuple(table.shape))
         if fitted is None or (weight.n, weight.k) != (self.n, self.k) or (fitted.perm is None) != (self.perm is None):
             return False
-        fresh = LAYOUTS[self.layout].pack(fitted)
+        fresh = _parts(fitted, self.layouts)
         for old, new in zip(self.parts, fresh, strict=True):
             if old.shape != new.shape or old.dtype != new.dtype:
                 return False
@@ -96,14 +110,14 @@ class Plan:
         if self.device.kind == fake_value(self.match.x).device.type:
             return sum(p.bytes for p in self.packed)
         # A table is stored as float32 everywhere.
-        tables = sum(4 * p.parts[-1].numel() for p in self.packed if p.format.form == "table")
-        packed = (LAYOUTS[p.layout].packed_bytes(p.format, p.n, p.k, self.device.kind) for p in self.packed)
-        return sum(packed) + tables
+        copies = [(p, LAYOUTS[layout]) for p in self.packed for layout in p.layouts]
+        tables = sum(4 * p.parts[-1].numel() for p, _ in copies if p.format.form == "table")
+        return sum(layout.packed_bytes(p.format, p.n, p.k, self.device.kind) for p, layout in copies) + tables
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The layout for one problem, what was compared in it, and the same matmul on a dense weight.
+    """The layout for one problem, or two of them, what was compared in it, and the same matmul on a dense weight.
 
     `seconds` are those of the whole workload.
     """
@@ -118,16 +132,20 @@ class Choice:
 class Planner:
     """Plans the bundles of one graph for `device`, by default the one that they are on, and for a workload.
 
-    Matmuls that share a weight share its packed copy.
+    Matmuls that share a weight share its packed copy. `copies` is 2 where a weight may be packed in two layouts;
+    `autotune` times what could run a shape, unless it is planned for another device; `threads` are those that it will
+    run with on a CPU, by default as many as now.
     """
 
     def __init__(
-        self, values: Mapping[fx.Node, Tensor], workload: Mapping[int, float], device: Device | None = None
-    ) -> None:
-        self._values, self._workload, self._device = values, workload, device
+        self, values: Mapping[fx.Node, Tensor], workload: Mapping[int, float], device: Device | None = None, *,
+        copies: int = 1, autotune: bool = False, threads: int | None = None,
+    ) -> None:  # fmt: skip
+        self._values, self._workload, self._device, self._copies = values, workload, device, copies
+        self._autotune, self._threads = autotune and device is None, threads or torch.get_num_threads()
         self._packed: dict[tuple[Any, ...], tuple[Packed, ...]] = {}
         self._kept: list[Bundle] = []
-        self._choices: dict[tuple[Any, ...], Choice] = {}
+        self._choices: dict[tuple[Any, ...], Choice | Refused] = {}
 
     def plan(self, bundle: Bundle) -> Plan:
         """The plan of a bundle. Raises Refused where no kernel accepts it, or where less in one op is as fast."""
@@ -159,60 +177,105 @@ class Planner:
         m, m_range = _rows(match, x)
         first, n = match.recovered.weights[0], sum(match.n for match in matches)
         problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), n, first.k, first.format, match.dtype, x.device)
-        device = self._device or profile.of(problem.device)
+        with with_threads(self._threads):
+            device = self._device or profile.of(problem.device)
         fused = match.recovered.fused
         # The weights of a batch share one route, but each may have turned out to be of another format.
         formats = tuple(dict.fromkeys(w.format for w in match.recovered.weights))
         asked = (m_range, n, first.k, formats, match.dtype, device, fused)
         if asked not in self._choices:
-            self._choices[asked] = self._choose(problem, formats, m_range, device, fused)
-        return self._choices[asked], m, m_range, device
+            try:
+                self._choices[asked] = self._choose(problem, formats, m_range, device, fused)
+            except Refused as refused:
+                self._choices[asked] = refused
+        choice = self._choices[asked]
+        if isinstance(choice, Refused):
+            raise choice
+        return choice, m, m_range, device
 
     def _choose(
         self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str
     ) -> Choice:
         """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
 
-        Raises Refused where none does, or where the library's own operation `fused` ("" for none) is as fast.
+        Raises Refused where none does, or where the library's own operation `fused` ("" for none), or what Inductor
+        makes of a dequantization that is spelled out, is faster.
         """
-        low, high = m_range
         m = sympy.Symbol("m", positive=True, integer=True)
         priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
-        best: Choice | None = None
         dense = Candidate("dense weight", "", cost.dense(priced, device))
-        for name, layout in LAYOUTS.items():
-            if any(f.form not in layout.forms for f in formats):
-                continue
-            calls = [Call(name, f, problem.n, problem.k) for f in formats]
-            candidates = [
-                Candidate(kernel.name, name, kernel.seconds(priced, name, device))
-                for kernel in registry.discover().values()
-                if name in kernel.layouts
-                and device.kind in kernel.devices
-                and all(kernel.accepts(call, problem.x_dtype, device.kind) is None for call in calls)
-            ]
-            if candidates:
-                found = cost.pieces(candidates, low, high)
-                seconds = cost.total(found, candidates, low, high, self._workload)
-                if best is None or seconds < best.seconds:
-                    best = Choice(seconds, name, found, tuple(candidates), dense)
-        if best is None:
+        able = _candidates(priced, formats, device)
+        if not able:
             raise Refused(Reason.NO_KERNEL, f"{problem.format} on {device.kind}")
+        if self._autotune:
+            with with_threads(self._threads), undisturbed():
+                dense, *able = autotune.timed(priced, m_range, [dense, *able], self._workload, device)
+        layouts = tuple(dict.fromkeys(c.layout for c in able))
+        choices = [self._among([c for c in able if c.layout == layout], layout, m_range, dense) for layout in layouts]
+        best = min(choices, key=lambda choice: choice.seconds)
+        if self._copies > 1 and m_range[0] != m_range[1]:
+            for both in itertools.permutations(layouts, 2):
+                found = self._among([c for c in able if c.layout in both], "+".join(both), m_range, dense)
+                # Twice the memory must be worth it; the op is that of the layout which few rows are read from.
+                if found.seconds * MARGIN < best.seconds and found.pieces[0].layout == both[0]:
+                    best = found
+        # A library's own kernel is taken over only where ours is faster. What Inductor makes of a dequantization must
+        # be faster by a margin to be left alone, and by more than launches: packed, the weight takes less memory.
         theirs = meanings.seconds(fused, priced, device)
+        if not fused:
+            theirs = MARGIN * cost.inductor(dense.seconds, priced, device) + LAUNCHES * device.launch
         if theirs is not None:
-            # A library's own kernel is taken over only where ours is faster.
-            own = Candidate(fused, "", theirs)
-            if cost.total(cost.pieces([own], low, high), [own], low, high, self._workload) <= best.seconds:
+            own = self._among([Candidate(fused or "inductor", "", theirs)], "", m_range, dense)
+            if own.seconds <= best.seconds:
                 raise Refused(Reason.SLOWER, fused)
         return best
 
+    def _among(
+        self, candidates: Sequence[Candidate], layout: str, m_range: tuple[int, int | None], dense: Candidate
+    ) -> Choice:
+        pieces = cost.pieces(candidates, *m_range)
+        seconds = cost.total(pieces, candidates, *m_range, self._workload)
+        return Choice(seconds, layout, pieces, tuple(candidates), dense)
+
+
+@contextlib.contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """Meanwhile torch uses so many threads on a CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _candidates(problem: Problem, formats: Sequence[Format], device: Device) -> list[Candidate]:
+    """Each kernel in each of its layouts, where it takes all `formats`."""
+    return [
+        Candidate(kernel.name, name, kernel.seconds(problem, name, device))
+        for name, layout in LAYOUTS.items()
+        if all(f.form in layout.forms for f in formats)
+        for kernel in registry.discover().values()
+        if name in kernel.layouts
+        and device.kind in kernel.devices
+        and all(
+            kernel.accepts(Call(name, f, problem.n, problem.k), problem.x_dtype, device.kind) is None for f in formats
+        )
+    ]
+
 
 def _pack(w: QWeight, layout: str) -> Packed:
-    return Packed(layout, w.format, w.n, w.k, LAYOUTS[layout].pack(w), w.perm)
+    return Packed(layout, w.format, w.n, w.k, _parts(w, layout.split("+")), w.perm)
+
+
+def _parts(w: QWeight, layouts: Sequence[str]) -> list[Tensor]:
+    return [part for layout in layouts for part in LAYOUTS[layout].pack(w)]
 
 
 def _route(found: Sequence[Piece]) -> str:
-    return ",".join(p.kernel if p is found[-1] else f"{p.kernel}@{p.high}" for p in found)
+    """As ops.py reads it; the op is that of the first piece's layout."""
+    ways = [p.kernel if p.layout == found[0].layout else f"{p.kernel}/{p.layout}" for p in found]
+    return ",".join(way if p is found[-1] else f"{way}@{p.high}" for way, p in zip(ways, found, strict=True))
 
 
 def _rows(match: Match, x: Tensor) -> tuple[sympy.Expr, tuple[int, int | None]]:

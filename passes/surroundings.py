@@ -328,7 +328,8 @@ def _after(lowered: Lowered, place: int, plan: Plan) -> tuple[Step, ...]:
     names: dict[int, str] = {}
     placeholders = [n for n in lowered.module.graph.nodes if n.op == "placeholder"]
     for packed in plan.packed:
-        shown = LAYOUTS[packed.layout].names(packed.format, packed.parts[0].device.type)
+        kind = packed.parts[0].device.type
+        shown = [name for layout in packed.layouts for name in LAYOUTS[layout].names(packed.format, kind)]
         parts = [*zip(packed.parts, shown, strict=True), (packed.perm, "perm")]
         names |= {id(t): f"packed {name}" for t, name in parts if t is not None}
     names |= {id(plan.bias): "packed bias"}

@@ -1,5 +1,5 @@
 """What README's table of measurements states, measured again: `python -m tests.measure WHAT`: compile, explain,
-freshness, kernel (the C++ of one), recognise (224 linears; --device cuda) or sentences (MiniLM).
+freshness, kernel (the C++ of one), plan, recognise (224 linears; --device cuda) or sentences (MiniLM).
 
 Every figure is a ratio, or a difference, within one run: candidates take turns, medians are printed.
 """
@@ -19,9 +19,11 @@ import time
 import torch
 from torch import nn
 
+import lqcompile
 from lqcompile import backend, demo, quantize
 from lqcompile.passes import pipeline
 from lqcompile.passes.constants import Constants
+from lqcompile.passes.plan import with_threads
 from lqcompile.passes.recognise import Match, Recogniser
 from lqcompile.report import Report
 from tests.memory import peak
@@ -192,6 +194,25 @@ def kernel(repeats: int) -> None:
                 print(f"{state}: {float(out.stdout):.3f} s", flush=True)
 
 
+def planning(repeats: int) -> None:
+    """What planning, with packing, takes of a model of 301 quantized matmuls and an unknown number of rows.
+
+    For this CPU, and for a GPU that is not here.
+    """
+    model = nn.Sequential(*(Block(i) for i in range(43))).eval()
+    for options in ({}, {"arch": "sm_90"}):
+        spent = []
+        for _ in range(repeats):
+            torch._dynamo.reset()
+            x = torch.randn(1, 16, DIM)
+            torch._dynamo.mark_dynamic(x, 1)
+            with torch.no_grad():
+                report = lqcompile.explain(model, x, options=options)
+            assert len(report.decisions) == 301 + 2 * 43, len(report.decisions)
+            spent.append(next(p.seconds for p in report.passes if p.name == "plan"))
+        print(f"{report.device['name']}: {report.rewritten} rewritten, planned in {statistics.median(spent):.2f} s")
+
+
 def sentences(repeats: int) -> None:
     """One and 32 sentences of MiniLM: int4 by "lq" and by default torch.compile, and fp32 by the latter, in turns."""
     loaded = demo._load()
@@ -266,7 +287,7 @@ def recognising(name: str, device: str, repeats: int) -> None:
     for _ in range(repeats):
         ready = recogniser(*whole, threads)
         start, busy = time.perf_counter(), time.process_time()
-        with pipeline.one_thread():
+        with with_threads(1):
             found = ready.run()
         spent, busy = time.perf_counter() - start, time.process_time() - busy
         print(
@@ -282,7 +303,8 @@ def recognising(name: str, device: str, repeats: int) -> None:
 def main() -> None:
     """Parses the command line and runs one measurement."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__)
-    parser.add_argument("what", choices=("compile", "explain", "freshness", "kernel", "recognise", "sentences", "one"))
+    whats = ("compile", "explain", "freshness", "kernel", "plan", "recognise", "sentences", "one")
+    parser.add_argument("what", choices=whats)
     parser.add_argument("--backend", default="lq")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -295,6 +317,8 @@ def main() -> None:
         explaining(given.repeats)
     elif given.what == "kernel":
         kernel(given.repeats)
+    elif given.what == "plan":
+        planning(given.repeats)
     elif given.what == "recognise":
         for name in SIZES:
             recognising(name, given.device, given.repeats)

@@ -12,10 +12,10 @@ import pytest
 import sympy
 import torch
 
-from lqcompile import bench, cli, neighbours, results, timing, trial
+from lqcompile import bench, cli, neighbours, request, results, timing, trial
 from lqcompile import device as machine
 from lqcompile.errors import ArgumentError, Refused
-from lqcompile.formats import bound, code_range, dequantize, validate
+from lqcompile.formats import bound, code_range, dequantize, random_weight, validate
 from lqcompile.kernels import build, registry
 from lqcompile.kernels.layout import LAYOUTS
 from lqcompile.types import Format, Problem, Rounding
@@ -196,18 +196,18 @@ def test_a_bad_value_is_named_with_what_is_accepted(option, value, says, capsys)
 
 
 def test_float32_is_for_the_cpu():
-    gpu = bench.Options(torch.device("cuda", 0), dtypes=(torch.float32,))
+    gpu = request.Options(torch.device("cuda", 0), dtypes=(torch.float32,))
     with pytest.raises(ArgumentError, match="float16"):
         gpu.problems()
-    assert {p.x_dtype for p in bench.Options(torch.device("cpu")).problems()} == {torch.float32}
-    assert {p.format.scale_dtype for p in bench.Options(torch.device("cuda", 0)).problems()} == {"float16"}
+    assert {p.x_dtype for p in request.Options(torch.device("cpu")).problems()} == {torch.float32}
+    assert {p.format.scale_dtype for p in request.Options(torch.device("cuda", 0)).problems()} == {"float16"}
 
 
 def test_readers_of_options():
-    assert bench.shapes("64x32,8x8") == ((64, 32), (8, 8))
-    assert len(bench.shapes("standard")) == 6 and (128256, 4096) in bench.shapes("llama3-8b")
-    assert bench.formats(bench.FORMATS) and bench.kernels("dense") == ("dense",)
-    assert bench.dtypes("float16,bfloat16") == (torch.float16, torch.bfloat16)
+    assert request.shapes("64x32,8x8") == ((64, 32), (8, 8))
+    assert len(request.shapes("standard")) == 6 and (128256, 4096) in request.shapes("llama3-8b")
+    assert request.formats(request.FORMATS) and request.kernels("dense") == ("dense",)
+    assert request.dtypes("float16,bfloat16") == (torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("rotation", [0, 1, 4095, 4096, 240 << 20])
@@ -252,7 +252,7 @@ def test_light_reads_copies_that_exceed_the_cache(device):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_random_weights_are_well_formed_and_use_every_code(device, spec):
-    weight = validate(trial.random_weight(Format.parse(spec), 64, 512, device))
+    weight = validate(random_weight(Format.parse(spec), 64, 512, device))
     low, high = code_range(weight.format)
     assert (int(weight.codes.min()), int(weight.codes.max())) == (low, high)
     dense = dequantize(weight)
@@ -279,7 +279,7 @@ def test_rows_of_a_large_weight_are_spread_and_meet_both_ends():
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_truth_is_the_bound_of_formats(device, monkeypatch, spec):
     monkeypatch.setattr(trial, "CHUNK", 128 * 5)
-    weight = trial.random_weight(Format.parse(spec), 64, 128, device)
+    weight = random_weight(Format.parse(spec), 64, 128, device)
     x, bias = torch.randn(3, 128, device=device), torch.randn(64, device=device)
     rounding = Rounding(2.0**-11, 2.0**-24, 2.0**-11)
     exact = x.double() @ dequantize(weight).T + bias.double()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lqcompile import config, cost
+from lqcompile import device as machine
 from lqcompile.device import Device
 from lqcompile.errors import ArgumentError
 from lqcompile.kernels import quick, quick_batch
@@ -47,7 +48,7 @@ def test_the_workload_chooses_the_layout_of_an_unknown_number_of_rows():
     device, f = Device.null("sm_90"), Format("affine", 4, 128, "int", "float16")
     problem = Problem(M, (1, 1 << 31), 8192, 8192, f, torch.float16, torch.device("cuda", 0))
     chosen = {
-        name: Planner(workload, device)._choose(problem, [f], (1, None), device, "").layout
+        name: Planner({}, workload, device)._choose(problem, [f], (1, None), device, "").layout
         for name, workload in {"decode": {1: 1.0}, "prefill": {4096: 1.0}, "both": config.WORKLOAD}.items()
     }
     # Bit planes are the faster read, by little; their batches go by way of a dense weight.
@@ -57,7 +58,7 @@ def test_the_workload_chooses_the_layout_of_an_unknown_number_of_rows():
 @pytest.mark.skipif(not has_nvrtc(), reason="without NVRTC kernels for GPUs accept nothing")
 def test_the_shapes_of_a_model_are_planned_for_every_number_of_rows():
     device, f = Device.null("sm_90"), Format("affine", 4, 128, "int", "float16")
-    planner = Planner(config.WORKLOAD, device)
+    planner = Planner({}, config.WORKLOAD, device)
     for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096)):
         problem = Problem(M, (1, 1 << 31), n, k, f, torch.float16, torch.device("cuda", 0))
         pieces = planner._choose(problem, [f], (1, None), device, "").pieces
@@ -89,3 +90,35 @@ def test_a_workload_is_part_of_what_code_is_cached_under():
     ours, theirs = config.make(None, {"workload": {1: 1}}), config.make(None, {})
     assert ours.workload == {1: 1.0} and theirs.workload == config.WORKLOAD
     assert ours.fingerprint != theirs.fingerprint
+
+
+def test_dense_matmuls_are_predicted_as_they_were_measured():
+    device = Device.null("sm_90")
+    rows = [r for d in machine.measured().values() if d["device"]["name"] == device.name for r in d["rows"]]
+    off = []
+    for row in (r for r in rows if r["kind"] == "dense"):
+        f, dtype = Format.parse(row["format"]), getattr(torch, row["x_dtype"])
+        problem = Problem(M, (1, 1 << 31), row["n"], row["k"], f, dtype, torch.device("cuda", 0))
+        off.append(abs(cost.sample(cost.dense(problem, device), [row["m"]])[0] / row["median"] - 1))
+    assert len(off) > 50 and max(off) < 0.2 and sorted(off)[len(off) // 2] < 0.05
+
+
+@given(st.dictionaries(st.integers(1, 5000), st.floats(1e-7, 1e-2), min_size=1, max_size=6), st.integers(1, 1 << 16))
+def test_what_was_measured_is_met_and_between_it_predictions_are_scaled(measured, m):
+    predicted = 1e-5 + 1e-8 * M
+    found = cost.corrected(predicted, M, measured)
+    assert cost.sample(found, list(measured)) == pytest.approx(list(measured.values()))
+    factors = [s / cost.sample(predicted, [at])[0] for at, s in measured.items()]
+    factor = cost.sample(found, [m])[0] / cost.sample(predicted, [m])[0]
+    assert 0.999 * min(factors) <= factor <= 1.001 * max(factors)
+
+
+def test_a_cpu_multiplies_types_of_16_bits_at_a_rate_of_their_own():
+    device = Device("cpu", "any", 1e10, 1e11, 1e12, 5e-6, "cpu", 1)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        problem = Problem(
+            M, (1, 1 << 31), 4096, 4096, Format("affine", 4, 128, "int", "float32"), dtype, torch.device("cpu")
+        )
+        seconds[dtype] = cost.sample(cost.dense(problem, device), [1024])[0]
+    assert seconds[torch.float32] > 5 * seconds[torch.bfloat16] == 5 * seconds[torch.float16]

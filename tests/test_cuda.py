@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lqcompile.errors import ArgumentError
-from lqcompile.formats import dequantize
+from lqcompile.formats import dequantize, random_weight
 from lqcompile.kernels import build, ops, registry
 from lqcompile.kernels.layout import LAYOUTS
-from lqcompile.trial import random_weight
 from lqcompile.types import Format
 
 from .conftest import NO_CUDA

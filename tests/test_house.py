@@ -23,7 +23,10 @@ BESIDE = {"quantize": "formats", "profile": "cache", "freshness": "backend", "pr
 BESIDE |= {name: "cli" for name in ("demo", "doctor", "calibrate")}
 BESIDE |= {name: "report" for name in ("table", "viewer", "why")}
 BESIDE |= {name: "cli" for name in ("terminal", "target", "inspection")}
-BESIDE |= {name: "cli" for name in ("bench", "trial", "timing", "results", "regret", "neighbours")}
+BESIDE |= {name: "kernels" for name in ("timing", "autotune")}
+BESIDE |= {
+    name: "cli" for name in ("request", "models", "picture", "bench", "trial", "results", "regret", "neighbours")
+}
 BESIDE |= {name: "cli" for name in ("decoder", "ways", "step", "model_bench", "model_check", "model_options")}
 BESIDE |= {name: "cli" for name in ("model_results", "generate_bench")}
 LEVEL |= {name: LEVEL[beside] for name, beside in BESIDE.items()}

@@ -50,6 +50,7 @@ def test_what_is_kept_is_what_plans_are_made_with(folder):
         ({"bandwidth": -1e9}, "bandwidth"),
         ({"rate": float("nan")}, "rate"),
         ({"rate": float("inf")}, "rate"),
+        ({"half": -1.0}, "half"),
         ({"launch": "missing"}, "launch"),
         ({"launch": "1e-6"}, "launch"),
         ({"launch": True}, "launch"),
@@ -64,7 +65,7 @@ def test_an_absurd_profile_is_refused_and_the_derived_one_used(folder, changes, 
     derived = Device.of(CPU)
     with pytest.raises(ArgumentError, match=named):
         profile.read(data(**changes), derived)
-    cache.default().put("profile", profile._key(derived), data(**changes))
+    cache.default().put("profile", profile.key(derived), data(**changes))
     with pytest.warns(UserWarning, match=named):
         assert profile.of(CPU) == derived
     with warnings.catch_warnings():

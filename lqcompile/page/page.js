@@ -33,7 +33,7 @@ function facts(d) {
     out.push(["rule", d.rule], ["proof", d.proof], ["layout", d.layout]);
     out.push(["weight", size(d.bytes_before) + " to " + size(d.bytes_after)]);
     if (d.predicted) out.push(["predicted", d.predicted.speedup + "x at M = " + d.predicted.m + ", against a dense weight"]);
-    if (d.measured) out.push(["measured", d.measured.speedup + "x at M = " + d.measured.m + ", by lq bench on this device"]);
+    if (d.measured) out.push(["measured", d.measured.speedup + "x at M = " + d.measured.m + ", by " + d.measured.by]);
   } else {
     out.push(["reason", d.sentence || d.reason], ["what to change", d.advice]);
   }
@@ -52,7 +52,7 @@ const PASSES = [
     if (d.outcome !== "rewritten") return add(to, "p", "Nothing was planned: the matmul stays as it is.");
     add(to, "p", "Packed as " + d.layout + ", " + size(d.bytes_after) + ".");
     const list = add(to, "ul");
-    for (const piece of d.pieces) add(list, "li", piece.when + ": " + piece.kernel + ", " + micro(piece.seconds) + " at M = " + piece.low);
+    for (const piece of d.pieces) add(list, "li", piece.when + ": " + piece.kernel + (piece.copy ? " (" + piece.copy + " copy)" : "") + ", " + micro(piece.seconds) + " at M = " + piece.low);
   }],
   ["lower", (d, to) => {
     if (d.outcome !== "rewritten") return add(to, "p", "The graph was left as it was here.");
