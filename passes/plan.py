@@ -92,6 +92,11 @@ class Choice:
     candidates: tuple[Candidate, ...]
     dense: Candidate
 
+    @property
+    def route(self) -> str:
+        """The pieces as the custom op takes them."""
+        return ",".join(p.kernel if p is self.pieces[-1] else f"{p.kernel}@{p.high}" for p in self.pieces)
+
 
 class Planner:
     """Plans the matches of one graph for `device`, by default the one that they are on, and for a workload.
@@ -125,12 +130,25 @@ class Planner:
         if key not in self._packed:
             self._packed[key] = tuple(_pack(w, layout) for w in match.recovered.weights)
             self._kept.append(match.recovered)
-        packed, route = self._packed[key], _route(choice.pieces)
+        packed, route = self._packed[key], choice.route
         return Plan(match, layout, route, choice.pieces, packed, m, m_range, choice, device)
 
+    def choice(
+        self, format: Format, n: int, k: int, x_dtype: torch.dtype, on: torch.device, layouts: Sequence[str] = (),
+        fused: str = "",
+    ) -> Choice:  # fmt: skip
+        """What runs one weight for any number of rows, in one of `layouts` (none: any). Raises Refused."""
+        problem = Problem(sympy.Symbol("m"), (1, 1 << 31), n, k, format, x_dtype, on)
+        asked = (tuple(layouts), n, k, format, x_dtype, on, fused)
+        if asked not in self._choices:
+            device = self._device or profile.of(on)
+            self._choices[asked] = self._choose(problem, (format,), (1, None), device, fused, layouts)
+        return self._choices[asked]
+
     def _choose(
-        self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str
-    ) -> Choice:
+        self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str,
+        layouts: Sequence[str] = (),
+    ) -> Choice:  # fmt: skip
         """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
 
         Raises Refused where none does, or where the library's own operation `fused` ("" for none) is as fast.
@@ -140,8 +158,8 @@ class Planner:
         priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
         best: tuple[float, Choice] | None = None
         dense = Candidate("dense weight", "", cost.dense(priced, device))
-        for name, layout in LAYOUTS.items():
-            if any(f.form not in layout.forms for f in formats):
+        for name in layouts or LAYOUTS:
+            if any(f.form not in LAYOUTS[name].forms for f in formats):
                 continue
             calls = [Call(name, f, problem.n, problem.k) for f in formats]
             candidates = [
@@ -169,10 +187,6 @@ class Planner:
 
 def _pack(w: QWeight, layout: str) -> Packed:
     return Packed(layout, w.format, w.n, w.k, LAYOUTS[layout].pack(w), w.perm)
-
-
-def _route(found: Sequence[Piece]) -> str:
-    return ",".join(p.kernel if p is found[-1] else f"{p.kernel}@{p.high}" for p in found)
 
 
 def _rows(match: Match, x: Tensor) -> tuple[sympy.Expr, tuple[int, int | None]]:

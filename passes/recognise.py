@@ -84,6 +84,8 @@ class Recogniser:
         misses: list[NearMiss] = []
         try:
             c = contraction(node)
+            if c is None and _is_ours(node):
+                return Kept(where(node), node, Reason.PACKED, ())
             if c is None:
                 return Kept(where(node), node, Reason.FUSED, ()) if self._fused(node) else None
             if c.a in self.constants and c.b in self.constants:
@@ -270,6 +272,12 @@ _BREAK = re.compile(r"torch_dynamo_resume_in_(\w+?)_at_(\d+)")
 _PACKED_MM = re.compile(r"_weight_int[48]pack_mm|_scaled_mm|_int_mm|_dyn_quant_matmul")
 
 
+def _is_ours(node: fx.Node) -> bool:
+    """Whether a node is our own matmul on a packed weight: that of a converted layer."""
+    namespace, _, name = qualified_name(node).partition("::")
+    return namespace == "lq" and name.endswith("_gemm")
+
+
 def _floating(node: fx.Node) -> bool:
     t = fake_value(node)
     return isinstance(t, Tensor) and t.is_floating_point()
@@ -311,8 +319,8 @@ def _may_be_low_bit(cut: Slice, values: Sequence[Tensor]) -> bool:
 ACTIVATION = re.compile(r"linear|matmul|mm\b|einsum|conv|attention")
 
 
-# The forward of our own quantized layer tells a user less than the line that called it.
-_OWN_MODULE = str(Path(formats.__file__).with_name("quantize.py"))
+# The forward of our own layers tells a user less than the line that called it.
+_OWN_MODULES = {str(Path(formats.__file__).with_name(name)) for name in ("quantize.py", "packed.py")}
 
 
 def where(node: fx.Node) -> Where:
@@ -322,7 +330,7 @@ def where(node: fx.Node) -> Where:
     path = re.sub(r"^L\['\w+'\]\.?|\b_modules\b\.?|\(\)", "", str(path))
     path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path).strip(".").replace("..", ".")
     lines = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
-    own = [entry for entry in lines if "/torch/nn/modules/" not in entry[0] and entry[0] != _OWN_MODULE] or lines
+    own = [entry for entry in lines if "/torch/nn/modules/" not in entry[0] and entry[0] not in _OWN_MODULES] or lines
     file, line, code = own[-1] if own else ("", "0", "")
     op = target_name(node) or str(node.target)
     return Where(path or _unit(node, stack) or node.name, file, int(line), code.strip(), op)
