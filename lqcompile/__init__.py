@@ -1,5 +1,6 @@
 """torch.compile(model, backend="lq"): every matmul against a quantized weight, on fused low-bit kernels."""
 
+from .archive import load_packed, save_packed
 from .backend import explain, refresh
 from .convert import conversion, convert
 from .errors import ArgumentError, LqError, Reason, StrictError
@@ -19,7 +20,9 @@ __all__ = [
     "conversion",
     "convert",
     "explain",
+    "load_packed",
     "prepare",
     "quantize",
     "refresh",
+    "save_packed",
 ]

@@ -31,6 +31,7 @@ from .types import Decision, NearMiss, Where
 
 # Rows of x where the model was not called, or with one: libraries have other code for one row.
 ROWS = 4
+UNKNOWN = "what it is called on: give convert the inputs of a call in which it is called on one tensor"
 OPTIONS = ("strict", "explain", "workload")
 Place = tuple[str, nn.Module, str]
 
@@ -139,13 +140,11 @@ class _Conversion:
         if decision is not None:
             self._decisions.append(decision)
         if packed is not None:
-            packed.training = module.training
+            packed.training, packed.path = module.training, name
             for _, parent, attribute in places:
                 setattr(parent, attribute, packed)
 
-    def _packed(
-        self, name: str, module: nn.Module, call: Call | None
-    ) -> tuple[PackedLinear | None, Decision | None]:
+    def _packed(self, name: str, module: nn.Module, call: Call | None) -> tuple[PackedLinear | None, Decision | None]:
         """The layer in its packed form, and what to tell of it. Raises Refused."""
         if isinstance(module, PackedLinear):
             raise Refused(Reason.PACKED)
@@ -155,7 +154,7 @@ class _Conversion:
         if any(hooks) or is_parametrized(module):
             raise Refused(Reason.HOOKED)
         if call is None or call.dtype not in X_DTYPES or not call.shape:
-            return None, self._no_layer(name, module, "its input")
+            return None, self._no_layer(name, module, UNKNOWN)
         # A few rows are enough, and leave all layers alike; but a library may have other code for them.
         few = (*(1 for _ in call.shape[2:]), ROWS, call.shape[-1]) if len(call.shape) > 1 else call.shape
         told: Decision | None = None
@@ -163,7 +162,7 @@ class _Conversion:
             packed, decision = self._attempt(name, module, shape, call.dtype)
             if packed is not None:
                 return packed, decision
-            told = told or decision
+            told = decision or told
         return None, told
 
     def _attempt(
@@ -184,9 +183,9 @@ class _Conversion:
             except Refused as refusal:
                 near = (NearMiss("", refusal.reason, refusal.at),)
                 found = Kept(found.match.where, found.match.anchor, refusal.reason, near)
-        near = () if found.reason is Reason.NOT_QUANTIZED else found.near_misses
+        misses = () if found.reason is Reason.NOT_QUANTIZED else found.near_misses
         where = dataclasses.replace(found.where, path=name)
-        return None, Decision(where, "kept", reason=found.reason, near_misses=near)
+        return None, Decision(where, "kept", reason=found.reason, near_misses=misses)
 
     def _no_layer(self, name: str, module: nn.Module, at: str) -> Decision | None:
         """What is told of a module that is no layer: nothing, where it has no low-bit data either."""
@@ -199,7 +198,7 @@ class _Conversion:
     def _pack(self, name: str, found: Layer, x: Tensor, wanted: Tensor) -> tuple[PackedLinear, Decision]:
         """The packed layer, which gives what is `wanted` for x. Raises Refused."""
         w, match, workload = found.weight, found.match, self._config.workload
-        dtypes = {"x_dtype": found.x_dtype, "compute": found.compute, "result": found.result}
+        dtypes: dict[str, Any] = {"x_dtype": found.x_dtype, "compute": found.compute, "result": found.result}
         dtype, device = found.compute or found.x_dtype, w.codes.device
         choice = plan(w.format, w.n, w.k, dtype, device, workload, fused=match.recovered.fused)
         sources = list(match.recovered.sources)

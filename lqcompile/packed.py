@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import WORKLOAD
 from .errors import ArgumentError
-from .kernels import ops
+from .kernels import ops, pages
 from .kernels.layout import LAYOUTS
 from .kernels.registry import X_DTYPES
 from .passes.plan import Choice, Packed, Planner
@@ -35,6 +35,7 @@ class PackedLinear(nn.Module):
     layout, order     how the parts are packed, and for the kernels of which type of device
     x_dtype           the dtype of x that the layout was chosen for
     compute, result   the dtypes to multiply in and to return, None for x's
+    path              the name that the layer had in the model that was converted or loaded, to be told by
     """
 
     def __init__(
@@ -49,13 +50,15 @@ class PackedLinear(nn.Module):
         self.x_dtype = x_dtype or compute or SCALE_DTYPES[packed.format.scale_dtype]
         self.compute, self.result, self.workload = compute, result, dict(workload)
         self.names: tuple[str, ...] = ()
+        self.path = ""
         self._hold(packed.layout, order or packed.parts[0].device.type, packed.parts)
         if packed.perm is not None:
             self.register_buffer("perm", packed.perm)
         if bias is not None and tuple(bias.shape) != (packed.n,):
             raise ArgumentError("bias.shape", tuple(bias.shape), f"({packed.n},)")
-        kept = bias is None or isinstance(bias, nn.Parameter)
-        self.register_parameter("bias", bias if kept else nn.Parameter(bias, requires_grad=False))
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
 
     @classmethod
     def from_weight(
@@ -69,7 +72,7 @@ class PackedLinear(nn.Module):
         """
         dtype = compute or x_dtype or SCALE_DTYPES[weight.format.scale_dtype]
         layout = plan(weight.format, weight.n, weight.k, dtype, weight.codes.device, workload).layout
-        parts = LAYOUTS[layout].pack(weight)
+        parts = pages.apart(LAYOUTS[layout].pack(weight))
         packed = Packed(layout, weight.format, weight.n, weight.k, parts, weight.perm)
         return cls(packed, bias, x_dtype=x_dtype, compute=compute, result=result, workload=workload)
 
@@ -120,8 +123,9 @@ class PackedLinear(nn.Module):
         return self._gemm(x, None if bias is None else bias.to(x.dtype)).to(self.result or given)
 
     def _gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if "perm" in self._buffers:
-            x = x.index_select(-1, self._buffers["perm"])
+        perm = self._buffers.get("perm")
+        if perm is not None:
+            x = x.index_select(-1, perm)
         route = self.routes.get(x.dtype, "dense")
         gemm = ops.GEMMS[self.layout]
         return gemm(x, self.parts, bias, self.out_features, self.in_features, self.format.spec, route)
@@ -158,7 +162,7 @@ class PackedLinear(nn.Module):
             self._hold(self.layout, there.type, parts + (self.parts[-1:] if self.format.form == "table" else []))
             return
         layout = plan(*shape, self.compute or self.x_dtype, there, self.workload).layout
-        self._hold(layout, there.type, LAYOUTS[layout].pack(self.qweight(), there.type))
+        self._hold(layout, there.type, pages.apart(LAYOUTS[layout].pack(self.qweight(), there.type)))
 
     def get_extra_state(self) -> Tensor:
         """What the parts of a state_dict mean, as text: uint8 [bytes]."""
@@ -203,7 +207,7 @@ class PackedLinear(nn.Module):
         if any(part is None for part in parts):
             raise ArgumentError("parts", [name for name in names if name not in state], "all of them")
         packed = Packed(layout, self.format, self.out_features, self.in_features, parts, None)  # type: ignore[arg-type]
-        fresh = LAYOUTS[self.layout].pack(unpacked(packed, order), self.order)
+        fresh = pages.apart(LAYOUTS[self.layout].pack(unpacked(packed, order), self.order))
         state.update((prefix + name, part) for name, part in zip(self.names, fresh, strict=True))
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def _path(
     """The nodes after `start` up to `end`: MOVES of rows of `width`, with one cast at most. Raises Refused."""
     path = _chain(end, start, constants)
     dtypes = [fake_value(n).dtype for n in (*path, start)]
-    casts = sum(a != b for a, b in zip(dtypes, dtypes[1:], strict=False))
+    casts = sum(a != b for a, b in itertools.pairwise(dtypes))
     for node in (*path, start):
         t = fake_value(node)
         if t.ndim < 1 or t.shape[-1] != width or (node is not start and target_name(node) not in MOVES | also):
