@@ -188,8 +188,8 @@ class _Conversion:
         return None, Decision(where, "kept", reason=found.reason, near_misses=misses)
 
     def _no_layer(self, name: str, module: nn.Module, at: str) -> Decision | None:
-        """What is told of a module that is no layer: nothing, where it has no low-bit data either."""
-        if not any(_low_bit(t) for t in own_tensors(module)):
+        """What is told of a module that is no layer: nothing, where it has no low-bit data but indices or masks."""
+        if not any(_low_bit(t) and t.dtype not in (torch.int64, torch.bool) for t in own_tensors(module)):
             return None
         return Decision(
             _where(name, module), "kept", reason=Reason.LAYER, near_misses=(NearMiss("", Reason.LAYER, at[:200]),)
