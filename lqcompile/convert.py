@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .kernels.registry import X_DTYPES
 from .packed import PackedLinear, plan
 from .passes import layer
 from .passes.layer import Layer
+from .passes.plan import Packed
 from .passes.prove import Reader
 from .passes.recognise import LOW_BIT, Kept
 from .prepare import run_once, tracing
@@ -32,7 +34,7 @@ from .types import Decision, NearMiss, Where
 # Rows of x where the model was not called, or with one: libraries have other code for one row.
 ROWS = 4
 UNKNOWN = "what it is called on: give convert the inputs of a call in which it is called on one tensor"
-OPTIONS = ("strict", "explain", "workload")
+OPTIONS = ("strict", "explain", "workload", "mesh", "plan")
 Place = tuple[str, nn.Module, str]
 
 _REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
@@ -56,20 +58,26 @@ def convert(model: nn.Module, *inputs: Any, options: Mapping[str, Any] | None = 
     itself such a layer and so cannot change in place, the PackedLinear.
 
     options   "strict" (raise StrictError for a failure of ours), "explain" (print the report) and "workload", as for
-              torch.compile(backend="lq")
-    Raises ArgumentError for a model that is no module and for an unknown option, and whatever the model raises.
+              torch.compile(backend="lq"); "mesh" and "plan" as parallelize_module takes them, of the styles of
+              lqcompile.parallel: each layer is cut as soon as it is packed, and its other parts are freed
+    Raises ArgumentError for a model that is no module, for an unknown option, and for a plan that cannot be kept to;
+    and whatever the model raises.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
     unknown = [name for name in options or {} if name not in OPTIONS]
     if unknown:
         raise ArgumentError("options", unknown[0], " | ".join(OPTIONS))
-    config = make(None, options)
+    given = dict(options or {})
+    mesh, styles = given.pop("mesh", None), given.pop("plan", None)
+    if (mesh is None) != (styles is None) or not isinstance(styles, (Mapping, type(None))):
+        raise ArgumentError("options", {"mesh": mesh, "plan": styles}, "a mesh and a plan {name: style}, or neither")
+    config = make(None, given)
     # One level above the model: a model that is itself a layer is a child like any other.
     holder, gradients = nn.Sequential(model), torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(gradients):
         calls = _observed(model, inputs, kwargs) if inputs or kwargs else {}
-        report = _Conversion(holder, calls, config).run()
+        report = _Conversion(holder, calls, config, mesh, styles or {}).run()
     converted = holder[0]
     _REPORTS[converted] = report
     backend.record(report, config.explain)
@@ -102,7 +110,10 @@ def _observed(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]
 class _Conversion:
     """One run over the layers of a model."""
 
-    def __init__(self, holder: nn.Module, calls: dict[nn.Module, Call | None], config: Config) -> None:
+    def __init__(
+        self, holder: nn.Module, calls: dict[nn.Module, Call | None], config: Config, mesh: Any,
+        styles: Mapping[str, Any],
+    ) -> None:  # fmt: skip
         self._holder, self._calls, self._config = holder, calls, config
         self._reader, self._trace = Reader(), Trace()
         self._decisions: list[Decision] = []
@@ -110,12 +121,16 @@ class _Conversion:
         owners = Counter(id(t) for m in holder.modules() for t in own_tensors(m))
         self._tied = {key for key, count in owners.items() if count > 1}
         # By the tensors that it was made of, held here so that their ids stay theirs.
-        self._shared: dict[tuple[int, ...], tuple[list[Tensor], PackedLinear]] = {}
+        self._shared: dict[tuple[int, ...], tuple[list[Tensor], Packed]] = {}
+        self._mesh, self._styles, self._cut = mesh, styles, set[str]()
 
     def run(self) -> Report:
         with self._trace:
             for name, places in _layers(self._holder):
                 self._visit(name, places)
+        for pattern in self._styles:
+            if pattern not in self._cut:
+                raise ArgumentError("options['plan']", pattern, "names of layers that are packed; see the report")
         facts: dict[str, Any] = {"name": str(self._device), "kind": self._device.type, "real": True}
         if self._device.type in ("cpu", "cuda"):
             facts["name"] = profile.of(self._device).name
@@ -141,6 +156,10 @@ class _Conversion:
             self._decisions.append(decision)
         if packed is not None:
             packed.training, packed.path = module.training, name
+            for pattern, style in self._styles.items():
+                if _matches(name, pattern):
+                    self._cut.add(pattern)
+                    style._apply(packed, self._mesh)
             for _, parent, attribute in places:
                 setattr(parent, attribute, packed)
 
@@ -179,7 +198,9 @@ class _Conversion:
             return None, self._no_layer(name, module, "no matmul")
         if isinstance(found, Layer):
             try:
-                return self._pack(name, found, x, wanted)
+                made = self._pack(name, found, x, wanted)
+                self._trace.known.add(graph)
+                return made
             except Refused as refusal:
                 near = (NearMiss("", refusal.reason, refusal.at),)
                 found = Kept(found.match.where, found.match.anchor, refusal.reason, near)
@@ -195,8 +216,8 @@ class _Conversion:
             _where(name, module), "kept", reason=Reason.LAYER, near_misses=(NearMiss("", Reason.LAYER, at[:200]),)
         )
 
-    def _pack(self, name: str, found: Layer, x: Tensor, wanted: Tensor) -> tuple[PackedLinear, Decision]:
-        """The packed layer, which gives what is `wanted` for x. Raises Refused."""
+    def _pack(self, name: str, found: Layer, x: Tensor, wanted: Tensor | None) -> tuple[PackedLinear, Decision]:
+        """The packed layer, checked against what is `wanted` for x, where that is known. Raises Refused."""
         w, match, workload = found.weight, found.match, self._config.workload
         dtypes: dict[str, Any] = {"x_dtype": found.x_dtype, "compute": found.compute, "result": found.result}
         dtype, device = found.compute or found.x_dtype, w.codes.device
@@ -204,13 +225,14 @@ class _Conversion:
         sources = list(match.recovered.sources)
         key = tuple(id(t) for t in sources)
         if key in self._shared:
-            packed = PackedLinear(self._shared[key][1].packed, found.bias, **dtypes, workload=workload)
+            packed = PackedLinear(self._shared[key][1], found.bias, **dtypes, workload=workload)
         else:
             packed = PackedLinear.from_weight(w, found.bias, **dtypes, workload=workload)
-        with torch.no_grad():
-            _verify(packed, x, wanted)
+        if wanted is not None:
+            with torch.no_grad():
+                _verify(packed, x, wanted)
         if any(id(t) in self._tied for t in sources):
-            self._shared[key] = (sources, packed)
+            self._shared[key] = (sources, packed.packed)
         bytes_ = packed.packed.bytes
         decision = Decision(
             where=dataclasses.replace(match.where, path=name),
@@ -244,14 +266,20 @@ def _verify(packed: PackedLinear, x: Tensor, wanted: Tensor) -> None:
         raise Refused(Reason.PASS_FAILED, f"differs from the original by {float(difference):.3g}")
 
 
+class _Traced(Exception):
+    """Ends a call of which all is known but its result."""
+
+
 class Trace:
     """Dynamo's graph of a layer with its real tensors. Layers of equal structure, by Dynamo's guards, share a graph.
 
-    To be used as a context; nothing of what was traced outlives it.
+    Layers are run to their end but for those of `known` graphs. To be used as a context; nothing of what was traced
+    outlives it.
     """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[Any, Sequence[Any], Any]] = []
+        self._seen: list[tuple[torch.fx.GraphModule, Sequence[Any], Any]] = []
+        self.known: set[torch.fx.GraphModule] = set()
 
     def __enter__(self) -> Trace:
         def call(module: nn.Module, x: Tensor) -> Any:
@@ -267,14 +295,17 @@ class Trace:
 
     def _capture(self, graph: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
+            if graph in self.known:
+                self._seen.append((graph, args, None))
+                raise _Traced
             result = graph.forward(*args)
             self._seen.append((graph, args, result))
             return result
 
         return run
 
-    def __call__(self, module: nn.Module, x: Tensor) -> tuple[torch.fx.GraphModule, Sequence[Any], Tensor] | str:
-        """The graph, its arguments and its result on x; or what stood in the way of one."""
+    def __call__(self, module: nn.Module, x: Tensor) -> tuple[torch.fx.GraphModule, Sequence[Any], Tensor | None] | str:
+        """The graph, its arguments and, unless it is known, its result on x; or what stood in the way of one."""
         with contextlib.ExitStack() as settings:
             settings.enter_context(tracing())
             # Each kind of layer is one more variant of the same function.
@@ -282,6 +313,9 @@ class Trace:
             settings.enter_context(torch._dynamo.config.patch(limits))
             try:
                 result = self._run(module, x)
+            except _Traced:
+                graph, args, _ = self._seen.pop()
+                return graph, args, None
             except Exception as error:  # noqa: BLE001
                 self._seen.clear()
                 return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -313,6 +347,12 @@ def _layers(holder: nn.Module) -> list[tuple[str, list[Place]]]:
         return inside[module]
 
     return [(places[0][0], places) for m, places in found.items() if _may_be(m) and not holds(m)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As parallelize_module reads its plan: part by part."""
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:

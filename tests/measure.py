@@ -1,5 +1,5 @@
 """What README's table of measurements states, measured again: `python -m tests.measure WHAT`: compile, explain,
-freshness, kernel (the C++ of one) or sentences (MiniLM).
+freshness, kernel (the C++ of one), sentences (MiniLM) or parallel (decode of Llama-3-70B's shape on several devices).
 
 Every figure is a ratio, or a difference, within one run: candidates take turns, medians are printed.
 """
@@ -22,6 +22,7 @@ from torch import nn
 from lqcompile import backend, demo, quantize
 from lqcompile.passes import pipeline
 from lqcompile.report import Report
+from tests import decode_parallel
 from tests.models import Dequant
 
 DIM, HIDDEN, BLOCKS = 256, 512, 8
@@ -222,9 +223,13 @@ def sentences(repeats: int) -> None:
 def main() -> None:
     """Parses the command line and runs one measurement."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__)
-    parser.add_argument("what", choices=("compile", "explain", "freshness", "kernel", "sentences", "one"))
+    parser.add_argument("what", choices=("compile", "explain", "freshness", "kernel", "sentences", "parallel", "one"))
     parser.add_argument("--backend", default="lq")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--eager", action="store_true", help="parallel: without torch.compile")
     given = parser.parse_args()
     if given.what == "one":
         one_compile(given.backend)
@@ -234,6 +239,8 @@ def main() -> None:
         explaining(given.repeats)
     elif given.what == "kernel":
         kernel(given.repeats)
+    elif given.what == "parallel":
+        decode_parallel.measure(given.ranks, given.device, given.layers, given.eager, given.repeats)
     elif given.what == "sentences":
         sentences(given.repeats)
     else:

@@ -91,6 +91,10 @@ def in_act_order(layer: PackedLinear) -> PackedLinear:
 
 
 def test_unusable_arguments_are_named():
+    with pytest.raises(ArgumentError, match="a mesh and a plan"):
+        lqcompile.convert(nn.Linear(4, 4), options={"plan": {}})
+    with pytest.raises(ArgumentError, match=r"nothing\.\*"):
+        lqcompile.convert(nn.Linear(4, 4), options={"plan": {"nothing.*": ColwisePacked()}, "mesh": object()})
     with pytest.raises(ArgumentError, match="output_layouts"):
         ColwisePacked(output_layouts=Shard(0))
     with pytest.raises(ArgumentError, match="input_layouts"):
@@ -140,6 +144,10 @@ def rank_of_two(path: str) -> None:
             assert 2 * held == packed, (held, packed)
             for run in (cut, torch.compile(cut, backend="lq", fullgraph=True)):
                 torch.testing.assert_close(run(x), wanted, rtol=1e-4, atol=1e-4)
+            again, _ = block()
+            lqcompile.convert(again, x, options={"strict": True, "mesh": mesh, "plan": PLAN})
+            assert sum(part.nbytes for m in again.modules() if isinstance(m, PackedLinear) for part in m.parts) == held
+            torch.testing.assert_close(again(x), wanted, rtol=1e-4, atol=1e-4)
             up = cut.up(DTensor.from_local(x, mesh, [Replicate()]))
             torch.testing.assert_close(up, whole.up(x).chunk(RANKS, -1)[mesh.get_local_rank()], rtol=1e-4, atol=1e-4)
             try:

@@ -1,4 +1,4 @@
-"""python -m tests.libraries.nightly [FOLDER]: installs every library beside this Python, and runs all of their cases, and `reloaded`.
+"""python -m tests.libraries.nightly [FOLDER]: installs all libraries beside this Python, runs their cases, `reloaded`.
 
 Each group of libraries that live together gets a virtual environment of its own in FOLDER, by default a fresh one, on
 top of the environment that this runs in; its torch stays. Exit code 1 if anything is not as its module says.

@@ -1,7 +1,7 @@
 """python -m tests.libraries.reloaded [case ...]: converted, saved, loaded in a new process, compiled: the same outputs?
 
-The 2-layer Llamas of llama.py, one for each library, and MiniLM with its real weights by each of our quantizers. The new
-process knows the model's class and the file alone. Exit code 1 if anything differs by more than rounding explains.
+The 2-layer Llamas of llama.py, one for each library, and MiniLM with its real weights by each of our quantizers. The
+new process knows the model's class and the file alone. Exit code 1 if anything differs by more than rounding explains.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def llama() -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64, "use_cache": False}  # fmt: skip
+             "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64,
+             "use_cache": False}  # fmt: skip
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
 
 
