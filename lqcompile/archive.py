@@ -52,19 +52,25 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedLinear)}
     if not layers:
         raise ArgumentError("model", type(model).__name__, "a model with a PackedLinear; see lqcompile.convert")
-    first: dict[int, str] = {}
+    first: dict[Any, str] = {}
+    storages: set[int] = set()
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     for name, t in _named(model):
-        if id(t) in first:
-            ties[name] = first[id(t)]
-            continue
-        first[id(t)] = name
         plain = type(t) in (Tensor, nn.Parameter) and not is_traceable_wrapper_subclass(t) and t.layout == torch.strided
         if not plain or t.is_meta or str(t.dtype).removeprefix("torch.") not in DTYPES:
             shown = f"{type(t).__name__} {t.dtype} on {t.device}"
             raise ArgumentError(name, shown, f"a plain tensor that holds values, {' | '.join(DTYPES)}")
-        tensors[name] = t.detach().cpu().contiguous()
+        key = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else id(t)
+        if key in first:
+            ties[name] = first[key]
+            continue
+        first[key] = name
+        held = t.detach().cpu().contiguous()
+        # Views of one storage are no tie: each is written by itself.
+        storage = held.untyped_storage().data_ptr()
+        tensors[name] = held.clone() if storage in storages else held
+        storages.add(storage)
     for name, module in model.named_modules():
         own = type(module).get_extra_state is not nn.Module.get_extra_state
         if own and not isinstance(module, PackedLinear):

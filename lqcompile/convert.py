@@ -170,7 +170,8 @@ class _Conversion:
         if _is_plain(module):
             raise Refused(Reason.NOT_QUANTIZED)
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks) or is_parametrized(module):
+        # A forward of the instance's own is a hook by another name: accelerate's are.
+        if any(hooks) or is_parametrized(module) or "forward" in vars(module):
             raise Refused(Reason.HOOKED)
         if call is None or call.dtype not in X_DTYPES or not call.shape:
             return None, self._no_layer(name, module, UNKNOWN)

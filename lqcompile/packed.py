@@ -145,7 +145,8 @@ class PackedLinear(nn.Module):
         for name, t in held.items():
             if t is not None:
                 held[name] = fn(t.view(torch.uint8)).view(t.dtype)
-        if moved:
+        if moved or there.type != here.type:
+            # Kernels are chosen where the parts are.
             self._hold(self.layout, self.order, self.parts)
         return self
 

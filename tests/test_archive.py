@@ -282,6 +282,27 @@ def test_a_file_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["model"] and path.read_bytes() == b"before"
 
 
+class Views(nn.Module):
+    """Parameters that share memory: one is a part of another, one is another's data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.whole = nn.Parameter(torch.arange(64.0), requires_grad=False)
+        self.part = nn.Parameter(self.whole.data[:8], requires_grad=False)
+        self.data = nn.Parameter(self.whole.data, requires_grad=False)
+        self.turned = nn.Parameter(torch.arange(6.0).view(2, 3).t(), requires_grad=False)
+
+
+def test_views_of_one_storage(tmp_path):
+    model = lqcompile.convert(lqcompile.quantize(Views().requires_grad_(False), group=32))
+    save_packed(model, tmp_path / "views")
+    loaded = load_packed(Views().requires_grad_(False), tmp_path / "views")
+    for name in ("whole", "part", "data", "turned"):
+        assert torch.equal(getattr(loaded, name), getattr(model, name))
+    assert loaded.data is loaded.whole and loaded.part.data_ptr() != loaded.whole.data_ptr()
+
+
 def test_nothing_but_a_name_is_kept_of_a_tied_tensor(saved):
     tensors, facts = _read(saved[1], True)
     assert facts["ties"]["head.weight"] == "embed.weight" and facts["shared"] == {"again": "up"}

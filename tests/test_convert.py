@@ -172,13 +172,15 @@ def test_what_is_more_than_a_linear_layer_stays(kind):
 
 def test_hooks_parametrizations_and_training_are_told():
     hooked, trained, parametrized = Dequant(64, 64), Dequant(64, 64), nn.Linear(64, 64)
+    wrapped = Dequant(64, 64)
+    wrapped.forward = lambda x: Dequant.forward(wrapped, x)
     hooked.register_forward_hook(lambda *_: None)
     trained.scale.requires_grad_()
     nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
-    model = nn.Sequential(hooked, trained, parametrized, nn.Linear(64, 64), Keyword()).eval()
+    model = nn.Sequential(hooked, trained, parametrized, nn.Linear(64, 64), Keyword(), wrapped).eval()
     x = torch.randn(2, 64)
     wanted = {"0": Reason.HOOKED, "1": Reason.NEEDS_GRAD, "2": Reason.HOOKED, "3": Reason.NOT_QUANTIZED}
-    assert reasons(convert(model, x, options=STRICT)) == wanted | {"4.layer": Reason.LAYER}
+    assert reasons(convert(model, x, options=STRICT)) == wanted | {"4.layer": Reason.LAYER, "5": Reason.HOOKED}
     with torch.no_grad():
         assert reasons(convert(model, x, options=STRICT))["1"] is None
 
@@ -301,6 +303,29 @@ def dequantizing_to_nothing(w):
     """A weight like another one, of zeros."""
     blank = {name: torch.zeros_like(t) for name in ("scale", "alpha", "offset") if (t := getattr(w, name)) is not None}
     return dataclasses.replace(w, **blank, perm=None if w.perm is None else torch.arange(w.k))
+
+
+def test_kernels_are_chosen_where_the_parts_come_to_be():
+    layer = packed(64, 128)
+    routes, state = layer.routes, layer.state_dict()
+    layer._hold(layer.layout, "cpu", [part.to("meta") for part in layer.parts])
+    assert layer.routes == {} != routes
+    layer.to_empty(device="cpu").load_state_dict(state)
+    assert layer.routes == routes
+
+
+def test_a_layer_in_act_order_compiles_and_exports():
+    layer = packed(64, 128)
+    w = dataclasses.replace(layer.qweight(), perm=torch.randperm(128, generator=torch.Generator().manual_seed(0)))
+    layer, x = PackedLinear.from_weight(w, layer.bias).eval(), torch.randn(5, 128)
+    wanted = x @ dequantize(w, torch.float32).T + layer.bias
+    file = io.BytesIO()
+    with torch.no_grad():
+        torch.export.save(torch.export.export(layer, (x,)), file)
+        file.seek(0)
+        for run in (layer, torch.compile(layer, backend="lq", fullgraph=True), torch.export.load(file).module()):
+            assert close(run(x), wanted)
+        assert close(layer.weight, dequantize(w, torch.float32))
 
 
 def test_dtypes_change_the_bias_alone():
