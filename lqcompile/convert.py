@@ -121,7 +121,7 @@ class _Conversion:
         owners = Counter(id(t) for m in holder.modules() for t in own_tensors(m))
         self._tied = {key for key, count in owners.items() if count > 1}
         # By the tensors that it was made of, held here so that their ids stay theirs.
-        self._shared: dict[tuple[int, ...], tuple[list[Tensor], Packed]] = {}
+        self._shared: dict[tuple[Any, ...], tuple[list[Tensor], Packed]] = {}
         self._mesh, self._styles, self._cut = mesh, styles, set[str]()
 
     def run(self) -> Report:
@@ -146,6 +146,8 @@ class _Conversion:
             plain = refusal.reason is Reason.NOT_QUANTIZED
             packed, decision = None, Decision(_where(name, module), "kept", reason=refusal.reason,
                                               near_misses=() if plain else near)  # fmt: skip
+        except StrictError:
+            raise
         except Exception as error:
             if self._config.strict:
                 raise StrictError(f"{name}: {type(error).__name__}: {error}") from error
@@ -203,6 +205,8 @@ class _Conversion:
                 self._trace.known.add(graph)
                 return made
             except Refused as refusal:
+                if refusal.reason is Reason.PASS_FAILED and self._config.strict:
+                    raise StrictError(f"{name}: {refusal.at}") from refusal
                 near = (NearMiss("", refusal.reason, refusal.at),)
                 found = Kept(found.match.where, found.match.anchor, refusal.reason, near)
         misses = () if found.reason is Reason.NOT_QUANTIZED else found.near_misses
@@ -224,7 +228,7 @@ class _Conversion:
         dtype, device = found.compute or found.x_dtype, w.codes.device
         choice = plan(w.format, w.n, w.k, dtype, device, workload, fused=match.recovered.fused)
         sources = list(match.recovered.sources)
-        key = tuple(id(t) for t in sources)
+        key = (match.recovered.key, *(id(t) for t in sources))
         if key in self._shared:
             packed = PackedLinear(self._shared[key][1], found.bias, **dtypes, workload=workload)
         else:

@@ -73,9 +73,9 @@ def _layer(module: fx.GraphModule, constants: Constants, match: Match) -> Layer:
     before = _path(match.x, x, constants, weight.k)
     scaled = _chain(match.output, match.anchor, constants)
     after = _path(y, match.output, constants, weight.n, ADDS)
-    depends = _dependents(nodes, x)
-    if depends - {x, *before, *scaled, *after, match.anchor, nodes[-1]}:
-        raise Refused(Reason.LAYER, sorted(n.name for n in depends)[0])
+    beside = _dependents(nodes, x) - {x, *before, *scaled, *after, match.anchor, nodes[-1]}
+    if beside:
+        raise Refused(Reason.LAYER, next(n.name for n in nodes if n in beside))
     if tuple(fake_value(y).shape) != (*fake_value(x).shape[:-1], weight.n):
         raise Refused(Reason.LAYER, f"{y.name}: {tuple(fake_value(y).shape)}")
     biases = [(n, match.anchor) for n in (match.bias,) if n is not None]

@@ -5,6 +5,7 @@ Weights are random and made packed: nothing dense of their size ever is. On a GP
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import statistics
@@ -171,7 +172,9 @@ def rank_of(rank: int, ranks: int, kind: str, layers: int, eager: bool, repeats:
     device, shape = torch.device(kind, rank) if kind == "cuda" else torch.device(kind), SHAPES[kind]
     if kind == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    # The others wait for rank 0 to compile and decode alone.
+    how = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
+    dist.init_process_group(timeout=datetime.timedelta(hours=1), **how)
     try:
         mesh, tokens = init_device_mesh(kind, (ranks,)), torch.zeros(STEPS, dtype=torch.int64, device=device)
         with torch.no_grad():

@@ -106,6 +106,32 @@ def test_shared_layers_and_tied_weights_are_packed_once():
     assert close(model(x), wanted)
 
 
+class Doubled(Dequant):
+    """The same tensors, another weight."""
+
+    def weight(self) -> torch.Tensor:
+        return super().weight() * 2
+
+
+def test_tensors_shared_by_different_weights():
+    model = nn.Sequential(Dequant(64, 64), Doubled(64, 64)).eval()
+    for name in ("q", "scale", "zero"):
+        setattr(model[1], name, getattr(model[0], name))
+    x = torch.randn(2, 64)
+    wanted = model(x)
+    convert(model, x, options=STRICT)
+    assert lqcompile.conversion(model).rewritten == 2 and close(model(x) / 100, wanted / 100)
+
+
+def test_a_layer_that_is_wired_wrongly_is_not_taken(monkeypatch):
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: forward(self, x.flip(-1)))
+    model, x = nn.Sequential(Dequant(64, 64)).eval(), torch.randn(2, 64)
+    with pytest.raises(lqcompile.StrictError, match="differs from the original"):
+        convert(model, x, options=STRICT)
+    assert reasons(convert(model, x)) == {"0": Reason.PASS_FAILED} and isinstance(model[0], Dequant)
+
+
 def test_equal_layers_are_traced_once():
     model = nn.Sequential(*(Dequant(32, 32, seed=i) for i in range(6)), Dequant(64, 32)).eval()
     convert(model, torch.randn(2, 32), options=STRICT)
@@ -287,13 +313,13 @@ def test_any_weight_runs_and_moves_between_orders(form, zero, device, seed, bits
     bias = torch.randn(n, generator=g).to(dtype)
     layer = PackedLinear.from_weight(w, bias, x_dtype=dtype).to(device)
     x = torch.randn(3, k, generator=g).to(dtype)
-    name = layer.routes[dtype].partition("@")[0].partition(",")[0]
-    rounding = registry.discover()[name].rounding(Call(layer.layout, w.format, n, k), dtype)
-    y = layer(x.to(device))
-    assert within_bound(y.cpu(), x, w, bias, rounding)
     moved = other_order(copy.deepcopy(layer).cpu(), order)
     assert torch.equal(dequantize(moved.qweight()), dequantize(w))
-    assert torch.equal(moved.to(device)(x.to(device)), y) and moved.order == device.type
+    # There and back it may have come to stand in another layout.
+    for each in (layer, moved.to(device)):
+        name = each.routes[dtype].partition("@")[0].partition(",")[0]
+        rounding = registry.discover()[name].rounding(Call(each.layout, w.format, n, k), dtype)
+        assert within_bound(each(x.to(device)).cpu(), x, w, bias, rounding) and each.order == device.type
     fresh = PackedLinear.from_weight(dequantizing_to_nothing(w), torch.zeros(n, dtype=dtype), x_dtype=dtype)
     fresh.load_state_dict(other_order(copy.deepcopy(layer).cpu(), order).state_dict())
     assert torch.equal(dequantize(fresh.qweight()), dequantize(w))
