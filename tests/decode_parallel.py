@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import functools
 import os
+import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -203,10 +204,15 @@ def rank_of(rank: int, ranks: int, kind: str, layers: int, eager: bool, repeats:
         dist.destroy_process_group()
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
 def measure(ranks: int, kind: str, layers: int, eager: bool, repeats: int) -> None:
     """Runs `ranks` processes."""
-    from tests.test_parallel import free_port
-
     run = functools.partial(
         rank_of, ranks=ranks, kind=kind, layers=layers, eager=eager, repeats=repeats, port=free_port()
     )

@@ -25,6 +25,7 @@ from lqcompile import ArgumentError, PackedLinear
 from lqcompile.formats import dequantize
 from lqcompile.parallel import ColwisePacked, RowwisePacked, cut_inputs, cut_outputs
 
+from .decode_parallel import free_port
 from .test_convert import other_order
 from .test_ops import FORMS, random_weight
 
@@ -181,11 +182,3 @@ def test_two_processes_give_what_one_gives(tmp_path):
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], "".join(err[-3000:] for _, err in said)
     assert "both ranks agree" in said[0][0]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
