@@ -24,15 +24,19 @@ def empty(size: int) -> Tensor:
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE
     try:
         memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE * HUGE)
     except OSError:
         # A system without huge pages.
         return torch.empty(size, dtype=torch.uint8)
-    # The tensor keeps the mapping alive.
-    return whole[start : start + size]
+    # The tensor keeps the mapping alive; its storage is these bytes alone, as a file of it would hold them.
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
+
+
+def apart(parts: Sequence[Tensor]) -> list[Tensor]:
+    """As `together`, but each in memory of its own: torch saves no storage that tensors of several dtypes share."""
+    return [together([part])[0] for part in parts]
 
 
 def together(parts: Sequence[Tensor]) -> list[Tensor]:

@@ -57,11 +57,7 @@ def lq(
     planned = _PLANNING[-1] if _PLANNING else None
     outcome = pipeline.run(module, example_inputs, config, planned)
     if _RECORDING or config.explain:
-        report = report_of(module, outcome, planned)
-        for reports in _RECORDING:
-            reports.append(report)
-        if config.explain:
-            print(report.text(), file=sys.stderr, flush=True)
+        record(report_of(module, outcome, planned), config.explain)
     if _PLANNING:
         return module.forward
     for warning in outcome.warnings:
@@ -324,6 +320,14 @@ def recording() -> Iterator[list[Report]]:
     finally:
         # By identity: two empty recordings are equal.
         _RECORDING[:] = [other for other in _RECORDING if other is not reports]
+
+
+def record(report: Report, explain: bool) -> None:
+    """Hands a report to whoever collects them, and to the user who asked to have it explained."""
+    for reports in _RECORDING:
+        reports.append(report)
+    if explain:
+        print(report.text(), file=sys.stderr, flush=True)
 
 
 def report_of(module: fx.GraphModule, outcome: Outcome, planned: Device | None = None) -> Report:

@@ -105,6 +105,18 @@ class Reason(enum.Enum):
         "there is no C++ compiler that compiles the kernels for this CPU, so its matmuls run dense",
         "install g++ 11 or newer, or clang 13 (Debian: apt install g++), or set CXX to one",
     )
+    PACKED = (
+        "the weight is packed already",
+        "nothing to do: lqcompile.convert packed it, or the file that it was loaded from holds it packed",
+    )
+    LAYER = (
+        "the layer is more than one matmul against its own weight",
+        'leave it as it is: torch.compile(model, backend="lq") rewrites the matmuls inside it',
+    )
+    HOOKED = (
+        "hooks or parametrizations are attached to the layer",
+        "remove them before lqcompile.convert, and attach them again after it",
+    )
     SLOWER = (
         "no kernel is predicted to be faster than leaving it to Inductor",
         "nothing to do",

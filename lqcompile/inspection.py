@@ -47,9 +47,9 @@ def explain(
 
 
 def percentage(report: Report) -> float:
-    """Rewritten, in percent of the matmuls that have a weight: products of two activations do not count."""
+    """Packed, now or before, in percent of the matmuls that have a weight: products of two activations do not count."""
     weighed = sum(d.reason is not Reason.INPUT_WEIGHT for d in report.decisions)
-    return 100.0 * report.rewritten / weighed if weighed else 0.0
+    return 100.0 * (report.rewritten + report.packed) / weighed if weighed else 0.0
 
 
 def _write(report: Report, html: Path | None, json: Path | None) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,7 @@ def prepare(
     """
     if not callable(model):
         raise ArgumentError("model", type(model).__name__, "a torch.nn.Module or a function")
-    with _settings_restored(), torch.random.fork_rng(), torch.no_grad():
-        model(*inputs, **kwargs)
+    run_once(model, inputs, kwargs)
     compiled = torch.compile(model, backend="lq", mode=mode, options=None if options is None else dict(options))
 
     @functools.wraps(compiled.forward if isinstance(compiled, torch.nn.Module) else compiled)
@@ -59,6 +58,12 @@ def prepare(
 
     prepared._orig_mod = model  # type: ignore[attr-defined]
     return prepared
+
+
+def run_once(model: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Calls `model` without gradients; what it changes of torch's settings and random numbers is restored."""
+    with _settings_restored(), torch.random.fork_rng(), torch.no_grad():
+        model(*inputs, **kwargs)
 
 
 @contextlib.contextmanager

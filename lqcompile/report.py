@@ -21,6 +21,8 @@ from .types import Decision, Piece, Step
 SCHEMA = 1
 # Without these alone a model holds no quantized weight that was missed.
 UNQUANTIZED = frozenset({Reason.NOT_QUANTIZED, Reason.INPUT_WEIGHT})
+# Nobody needs to do anything about these.
+SETTLED = UNQUANTIZED | {Reason.PACKED}
 TOP = "(top level)"
 # Predicted speed-ups below this are told: the cost model is not sure of the last few percent.
 SLOW = 0.95
@@ -82,6 +84,11 @@ class Report:
     def quantized(self) -> int:
         """How many matmuls have a weight that is quantized, or that may be: all but those of UNQUANTIZED."""
         return sum(d.reason not in UNQUANTIZED for d in self.decisions)
+
+    @property
+    def packed(self) -> int:
+        """How many kept matmuls run on a weight that was packed before: there was nothing to rewrite."""
+        return sum(d.reason is Reason.PACKED for d in self.decisions)
 
     @staticmethod
     def merged(reports: Iterable[Report]) -> Report:
@@ -162,6 +169,9 @@ class Report:
         if not self.quantized:
             return f"nothing is quantized: no weight of {total} matmuls is, so Inductor compiled them all"
         counts = f"{self.rewritten} of {total} matmuls rewritten"
+        if self.packed:
+            more = f", {self.rewritten} more rewritten" if self.rewritten else ""
+            counts = f"{self.packed} of {total} matmuls packed already{more}"
         if not self.rewritten:
             return counts
         found = predicted(self.decisions)
@@ -171,15 +181,16 @@ class Report:
 
     def next_step(self) -> str:
         """What to do now, in one sentence."""
-        missed = self.quantized - self.rewritten
+        missed = self.quantized - self.rewritten - self.packed
         if not self.decisions:
             return "check that the model was called, and that torch.compile sees its matmuls"
         if missed:
-            first = next(id for id, d in with_ids(self.decisions) if d.reason and d.reason not in UNQUANTIZED)
+            first = next(id for id, d in with_ids(self.decisions) if d.reason and d.reason not in SETTLED)
             return f"{missed} quantized but kept: start with  lq why {_word(first)}"
-        if not self.rewritten:
+        if not self.quantized:
             return Reason.NOT_QUANTIZED.advice
-        rest = f"; without a quantized weight: {self.kept}" if self.kept else ""
+        plain = self.kept - self.packed
+        rest = f"; without a quantized weight: {plain}" if plain else ""
         found = predicted(self.decisions)
         # Said where it matters: the weights are smaller, and the user may have hoped for speed.
         slow = f"; that saves memory, not time, at M={found[0]}" if found is not None and found[1] < SLOW else ""

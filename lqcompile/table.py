@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 from .errors import Reason
-from .report import UNQUANTIZED, Report, advice, copy_of, predicted, size, timed, tuned, when, with_ids
+from .report import SETTLED, Report, advice, copy_of, predicted, size, timed, tuned, when, with_ids
 from .types import Decision, Piece
 
 WIDTH = 100
@@ -114,10 +114,10 @@ def _kept(report: Report) -> Iterator[Line]:
     yield "bold", f"  {report.kept} kept"
     # What a user can change stands first.
     counts = {key: sum(map(len, rows.values())) for key, rows in groups.items()}
-    order = sorted(groups.items(), key=lambda g: (g[0][0] in UNQUANTIZED, -counts[g[0]], str(g[0])))
+    order = sorted(groups.items(), key=lambda g: (g[0][0] in SETTLED, -counts[g[0]], str(g[0])))
     for (reason, what), rows in order:
         sentence = reason.sentence if reason else "no reason was recorded"
-        style = "" if reason in UNQUANTIZED else "yellow"
+        style = "" if reason in SETTLED else "yellow"
         for line in wrap(sentence, f"  {counts[reason, what]:>5}  ", " " * 9):
             yield style, line
         for line in wrap(f"advice: {what}", " " * 9, " " * 11):
@@ -128,7 +128,7 @@ def _kept(report: Report) -> Iterator[Line]:
             yield "dim", f"{'':11}{shown}".rstrip()
             for line in wrap(f"nearest: {fit(nearest, 300)}", " " * 13, " " * 15) if nearest else []:
                 yield "dim", line
-        if reason not in UNQUANTIZED:
+        if reason not in SETTLED:
             yield "dim", fit(f"{'':11}try: lq why {first[reason, what]}", WIDTH)
 
 

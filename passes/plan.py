@@ -128,6 +128,13 @@ class Choice:
     candidates: tuple[Candidate, ...]
     dense: Candidate
 
+    @property
+    def route(self) -> str:
+        """The pieces as the custom op takes them, which is that of the first one's layout (see ops.py)."""
+        first, last = self.pieces[0], self.pieces[-1]
+        ways = [p.kernel if p.layout == first.layout else f"{p.kernel}/{p.layout}" for p in self.pieces]
+        return ",".join(w if p is last else f"{w}@{p.high}" for w, p in zip(ways, self.pieces, strict=True))
+
 
 class Planner:
     """Plans the bundles of one graph for `device`, by default the one that they are on, and for a workload.
@@ -162,13 +169,13 @@ class Planner:
         if key not in self._packed:
             self._packed[key] = tuple(_pack(w, choice.layout) for w in join(recovered, bundle.epilogue))
             self._kept.append(bundle)
-        route, bias = _route(choice.pieces), None
+        bias = None
         if len(bundle.matches) > 1:
             leaves = [bias_of(match) for match in bundle.matches]
             biases = [None if leaf is None else self._values[leaf] for leaf in leaves]
             bias = join_biases(biases, [match.n for match in bundle.matches], bundle.epilogue)
         packed = self._packed[key]
-        return Plan(bundle, choice.layout, route, choice.pieces, packed, m, m_range, choice, device, bias)
+        return Plan(bundle, choice.layout, choice.route, choice.pieces, packed, m, m_range, choice, device, bias)
 
     def _choice(self, matches: Sequence[Match]) -> tuple[Choice, sympy.Expr, tuple[int, int | None], Device]:
         """For the matmuls of one x in one op: the layout and kernels, m with its range, and the device."""
@@ -182,39 +189,56 @@ class Planner:
         fused = match.recovered.fused
         # The weights of a batch share one route, but each may have turned out to be of another format.
         formats = tuple(dict.fromkeys(w.format for w in match.recovered.weights))
-        asked = (m_range, n, first.k, formats, match.dtype, device, fused)
+        return self._chosen(problem, formats, m_range, device, fused, ()), m, m_range, device
+
+    def choice(
+        self, format: Format, n: int, k: int, x_dtype: torch.dtype, on: torch.device, layouts: Sequence[str] = (),
+        fused: str = "",
+    ) -> Choice:  # fmt: skip
+        """What runs one packed weight for any number of rows, in one of `layouts` (none: any). Raises Refused."""
+        problem = Problem(sympy.Symbol("m"), (1, 1 << 31), n, k, format, x_dtype, on)
+        device = self._device or profile.of(on)
+        return self._chosen(problem, (format,), (1, None), device, fused, tuple(layouts), packed=True)
+
+    def _chosen(
+        self, problem: Problem, formats: tuple[Format, ...], m_range: tuple[int, int | None], device: Device,
+        fused: str, layouts: tuple[str, ...], packed: bool = False,
+    ) -> Choice:  # fmt: skip
+        """As `_choose`, once for each kind of problem."""
+        asked = (m_range, problem.n, problem.k, formats, problem.x_dtype, device, fused, layouts, packed)
         if asked not in self._choices:
             try:
-                self._choices[asked] = self._choose(problem, formats, m_range, device, fused)
+                self._choices[asked] = self._choose(problem, formats, m_range, device, fused, layouts, packed)
             except Refused as refused:
                 self._choices[asked] = refused
         choice = self._choices[asked]
         if isinstance(choice, Refused):
             raise choice
-        return choice, m, m_range, device
+        return choice
 
     def _choose(
-        self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str
-    ) -> Choice:
+        self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str,
+        layouts: Sequence[str], packed: bool,
+    ) -> Choice:  # fmt: skip
         """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
 
-        Raises Refused where none does, or where the library's own operation `fused` ("" for none), or what Inductor
-        makes of a dequantization that is spelled out, is faster.
+        Of `layouts`, if any. Raises Refused where none does, or where the library's own operation `fused` ("" for
+        none) is faster, or, for a weight that need not be `packed`, what Inductor makes of a dequantization.
         """
         m = sympy.Symbol("m", positive=True, integer=True)
         priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
         dense = Candidate("dense weight", "", cost.dense(priced, device))
-        able = _candidates(priced, formats, device)
+        able = _candidates(priced, formats, device, layouts or tuple(LAYOUTS))
         if not able:
             raise Refused(Reason.NO_KERNEL, f"{problem.format} on {device.kind}")
         if self._autotune:
             with with_threads(self._threads), undisturbed():
                 dense, *able = autotune.timed(priced, m_range, [dense, *able], self._workload, device)
-        layouts = tuple(dict.fromkeys(c.layout for c in able))
-        choices = [self._among([c for c in able if c.layout == layout], layout, m_range, dense) for layout in layouts]
+        found_in = tuple(dict.fromkeys(c.layout for c in able))
+        choices = [self._among([c for c in able if c.layout == layout], layout, m_range, dense) for layout in found_in]
         best = min(choices, key=lambda choice: choice.seconds)
         if self._copies > 1 and m_range[0] != m_range[1]:
-            for both in itertools.permutations(layouts, 2):
+            for both in itertools.permutations(found_in, 2):
                 found = self._among([c for c in able if c.layout in both], "+".join(both), m_range, dense)
                 # Twice the memory must be worth it; the op is that of the layout which few rows are read from.
                 if found.seconds * MARGIN < best.seconds and found.pieces[0].layout == both[0]:
@@ -222,7 +246,7 @@ class Planner:
         # A library's own kernel is taken over only where ours is faster. What Inductor makes of a dequantization must
         # be faster by a margin to be left alone, and by more than launches: packed, the weight takes less memory.
         theirs = meanings.seconds(fused, priced, device)
-        if not fused:
+        if not fused and not packed:
             theirs = MARGIN * cost.inductor(dense.seconds, priced, device) + LAUNCHES * device.launch
         if theirs is not None:
             own = self._among([Candidate(fused or "inductor", "", theirs)], "", m_range, dense)
@@ -249,12 +273,12 @@ def with_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _candidates(problem: Problem, formats: Sequence[Format], device: Device) -> list[Candidate]:
-    """Each kernel in each of its layouts, where it takes all `formats`."""
+def _candidates(problem: Problem, formats: Sequence[Format], device: Device, layouts: Sequence[str]) -> list[Candidate]:
+    """Each kernel in each of `layouts` that is its own, where it takes all `formats`."""
     return [
         Candidate(kernel.name, name, kernel.seconds(problem, name, device))
-        for name, layout in LAYOUTS.items()
-        if all(f.form in layout.forms for f in formats)
+        for name in layouts
+        if all(f.form in LAYOUTS[name].forms for f in formats)
         for kernel in registry.discover().values()
         if name in kernel.layouts
         and device.kind in kernel.devices
@@ -270,12 +294,6 @@ def _pack(w: QWeight, layout: str) -> Packed:
 
 def _parts(w: QWeight, layouts: Sequence[str]) -> list[Tensor]:
     return [part for layout in layouts for part in LAYOUTS[layout].pack(w)]
-
-
-def _route(found: Sequence[Piece]) -> str:
-    """As ops.py reads it; the op is that of the first piece's layout."""
-    ways = [p.kernel if p.layout == found[0].layout else f"{p.kernel}/{p.layout}" for p in found]
-    return ",".join(way if p is found[-1] else f"{way}@{p.high}" for way, p in zip(ways, found, strict=True))
 
 
 def _rows(match: Match, x: Tensor) -> tuple[sympy.Expr, tuple[int, int | None]]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import formats
 from ..errors import Reason, Refused
 from ..kernels.registry import X_DTYPES
 from ..types import NearMiss, Where
@@ -22,6 +20,7 @@ from .canonicalize import Contraction, Roles, contraction, qualified_name, roles
 from .constants import Constants, Slice, Trail, fake_value, run, target_name
 from .evaluate import FP8, evaluate, identity, undisturbed
 from .prove import Reader, Recovered
+from .whereabouts import where
 
 LOW_BIT = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
@@ -114,6 +113,8 @@ class Recogniser:
         misses: list[NearMiss] = []
         try:
             c = contraction(node)
+            if c is None and _is_ours(node):
+                return Kept(where(node), node, Reason.PACKED, ())
             if c is None:
                 return Kept(where(node), node, Reason.FUSED, ()) if self._fused(node) else None
             if c.a in self.constants and c.b in self.constants:
@@ -312,6 +313,12 @@ _BREAK = re.compile(r"torch_dynamo_resume_in_(\w+?)_at_(\d+)")
 _PACKED_MM = re.compile(r"_weight_int[48]pack_mm|_scaled_mm|_int_mm|_dyn_quant_matmul")
 
 
+def _is_ours(node: fx.Node) -> bool:
+    """Whether a node is our own matmul on a packed weight: that of a converted layer."""
+    namespace, _, name = qualified_name(node).partition("::")
+    return namespace == "lq" and name.endswith("_gemm")
+
+
 def _floating(node: fx.Node) -> bool:
     t = fake_value(node)
     return isinstance(t, Tensor) and t.is_floating_point()
@@ -351,32 +358,6 @@ def _may_be_low_bit(cut: Slice, values: Sequence[Tensor]) -> bool:
 
 # What makes an activation rather than a weight: nothing is dequantized across it.
 ACTIVATION = re.compile(r"linear|matmul|mm\b|einsum|conv|attention")
-
-
-# The forward of our own quantized layer tells a user less than the line that called it.
-_OWN_MODULE = str(Path(formats.__file__).with_name("quantize.py"))
-
-
-def where(node: fx.Node) -> Where:
-    """The module path, the user's file, line and code of a node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    path = re.sub(r"^L\['\w+'\]\.?|\b_modules\b\.?|\(\)", "", str(path))
-    path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path).strip(".").replace("..", ".")
-    lines = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
-    own = [entry for entry in lines if "/torch/nn/modules/" not in entry[0] and entry[0] != _OWN_MODULE] or lines
-    file, line, code = own[-1] if own else ("", "0", "")
-    op = target_name(node) or str(node.target)
-    return Where(path or _unit(node, stack) or node.name, file, int(line), code.strip(), op)
-
-
-def _unit(node: fx.Node, stack: dict[str, Any]) -> str:
-    """The class or the function that a node stands in: what names it where the model itself is the only module."""
-    if stack:
-        kind = list(stack.values())[-1][1]
-        return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
-    names = re.findall(r'File "[^"]+", line \d+, in ([^\n]+)', node.meta.get("stack_trace") or "")
-    return re.sub(r"^torch_dynamo_resume_in_|_at_\d+$", "", names[-1]) if names else ""
 
 
 def _inside(module: fx.GraphModule, node: fx.Node) -> list[Kept]:

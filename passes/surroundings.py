@@ -22,7 +22,8 @@ from .constants import Constants, fake_value, storage_of, target_name, written
 from .lower import Lowered
 from .pipeline import Outcome
 from .plan import Plan
-from .recognise import ACTIVATION, LOW_BIT, Kept, Match, where
+from .recognise import ACTIVATION, LOW_BIT, Kept, Match
+from .whereabouts import where
 
 MOST = 48
 BEYOND = 3

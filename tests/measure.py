@@ -1,5 +1,6 @@
 """What README's table of measurements states, measured again: `python -m tests.measure WHAT`: compile, explain,
-freshness, kernel (the C++ of one), plan, recognise (224 linears; --device cuda) or sentences (MiniLM).
+freshness, kernel (the C++ of one), plan, recognise (224 linears; --device cuda), sentences (MiniLM) or parallel
+(decode of Llama-3-70B's shape on several devices).
 
 Every figure is a ratio, or a difference, within one run: candidates take turns, medians are printed.
 """
@@ -26,6 +27,7 @@ from lqcompile.passes.constants import Constants
 from lqcompile.passes.plan import with_threads
 from lqcompile.passes.recognise import Match, Recogniser
 from lqcompile.report import Report
+from tests import decode_parallel
 from tests.memory import peak
 from tests.models import Dequant
 
@@ -303,11 +305,14 @@ def recognising(name: str, device: str, repeats: int) -> None:
 def main() -> None:
     """Parses the command line and runs one measurement."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__)
-    whats = ("compile", "explain", "freshness", "kernel", "plan", "recognise", "sentences", "one")
+    whats = ("compile", "explain", "freshness", "kernel", "plan", "recognise", "sentences", "parallel", "one")
     parser.add_argument("what", choices=whats)
     parser.add_argument("--backend", default="lq")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--eager", action="store_true", help="parallel: without torch.compile")
     given = parser.parse_args()
     if given.what == "one":
         one_compile(given.backend)
@@ -322,6 +327,8 @@ def main() -> None:
     elif given.what == "recognise":
         for name in SIZES:
             recognising(name, given.device, given.repeats)
+    elif given.what == "parallel":
+        decode_parallel.measure(given.ranks, given.device, given.layers, given.eager, given.repeats)
     elif given.what == "sentences":
         sentences(given.repeats)
     else:

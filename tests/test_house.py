@@ -19,7 +19,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 # A module may import what stands before it, never what stands after.
 ORDER = "errors types config formats device cache cost kernels passes report backend cli"
 LEVEL = {name: i for i, name in enumerate(ORDER.split(" "))}
-BESIDE = {"quantize": "formats", "profile": "cache", "freshness": "backend", "prepare": "backend"}
+BESIDE = {"quantize": "formats", "profile": "cache", "freshness": "backend", "prepare": "backend", "packed": "backend"}
+BESIDE |= {name: "backend" for name in ("convert", "archive", "parallel")}
 BESIDE |= {name: "cli" for name in ("demo", "doctor", "calibrate")}
 BESIDE |= {name: "report" for name in ("table", "viewer", "why")}
 BESIDE |= {name: "cli" for name in ("terminal", "target", "inspection")}

@@ -1,4 +1,4 @@
-"""python -m tests.libraries.nightly [FOLDER]: installs every library beside this Python, and runs all of their cases.
+"""python -m tests.libraries.nightly [FOLDER]: installs all libraries beside this Python, runs their cases, `reloaded`.
 
 Each group of libraries that live together gets a virtual environment of its own in FOLDER, by default a fresh one, on
 top of the environment that this runs in; its torch stays. Exit code 1 if anything is not as its module says.
@@ -67,10 +67,9 @@ def main(folder: Path) -> int:
                 python = [str(room / "bin" / "python"), "-m", "pip", "install", "-q", "-c", str(pins)]
                 subprocess.run([*python, *need.split()], check=True)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [str(room / "bin" / "python"), "-W", "ignore", "-m", "tests.libraries", *names], env=environment
-        )
-        failed += done.returncode != 0
+        python = [str(room / "bin" / "python"), "-W", "ignore", "-m"]
+        runs = [["tests.libraries", *names]] + [["tests.libraries.reloaded"]] * ("llama" in names)
+        failed += sum(subprocess.run([*python, *run], env=environment).returncode != 0 for run in runs)
     return int(failed > 0)
 
 
