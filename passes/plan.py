@@ -218,7 +218,7 @@ class Planner:
 
     def _choose(
         self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str,
-        layouts: Sequence[str], packed: bool,
+        layouts: Sequence[str] = (), packed: bool = False,
     ) -> Choice:  # fmt: skip
         """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
 
