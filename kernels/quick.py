@@ -19,8 +19,6 @@ from .stream import groups_of
 
 ROWS = (1, 2, 4, 8, 16)
 SIZES = stream.sizes_of(ROWS)
-# Beyond so many rows Hopper's warpgroups are faster.
-FEW = 8
 # Bytes of shared memory that a thread block of an sm_90 may have.
 HOPPER_SHARED = 227 << 10
 
@@ -48,11 +46,16 @@ class Shape(stream.Shape):
         return 0.67 if self.rows <= 8 else 0.9
 
 
+def few_rows(format: Format) -> int:
+    """Beyond so many rows Hopper's warpgroups are faster."""
+    return 8 if format.bits < 8 else 2
+
+
 def _run(
     x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor,
     other: Tensor | None = None,
 ) -> None:  # fmt: skip
-    if x.shape[0] <= FEW or not quick_batch.run(x, parts, bias, call, out, other):
+    if x.shape[0] <= few_rows(call.format) or not quick_batch.run(x, parts, bias, call, out, other):
         stream.run(Shape, SIZES, ROWS[0], x, parts, bias, call, out, other)
 
 
@@ -93,7 +96,7 @@ def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
         return few
     # Not simplified: sympy takes long to compare expressions.
     beyond = device.launch + sympy.Min(*times, evaluate=False)
-    return sympy.Piecewise((few, m <= FEW), *pieces, (beyond, True))
+    return sympy.Piecewise((few, m <= few_rows(problem.format)), *pieces, (beyond, True))
 
 
 register(

@@ -32,6 +32,8 @@ HEAT = 0.2
 # Thread blocks that cut k: the share of the multiprocessors that clusters of so many reach, and what they take longer.
 SPLITS = {1: (1.0, 0.0), 2: (1.0, 1e-6), 4: (0.88, 4e-6)}
 MOST_STAGES = 12
+# Bytes/s of packed weights that memory delivers to one of all multiprocessors of an H200.
+READ = 3.2e10
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Batch(stream.Specialisation):
     def seconds(self, tiles: Any, k: int, sms: int) -> Any:
         """How long `tiles`, a number or an expression, take on so many multiprocessors: whole rounds of all blocks."""
         fixed, each = TILES[self.rows][self.warps, self.ways]
+        # Of more bits than four, memory may be the limit.
+        each = max(each, self.row_tiles * self.stage / READ)
         share, longer = SPLITS[self.split]
         rounds = -(-tiles * self.split // int(sms * share))
         # A thread block that takes several tiles fetches the next while it stores one.

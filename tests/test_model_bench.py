@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import types
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import torch
@@ -362,3 +364,11 @@ def test_generate_of_transformers(run, monkeypatch):
     assert (rows["lq"].rewritten, rows["lq"].quantized, rows["lq"].note) == (7, 7, "")
     assert rows["lq"].tokens == 4 and rows["lq"].throughput > 0 and 0 < rows["lq"].error <= rows["lq"].allowed
     assert "generate, batch 1: lq is" in out
+
+
+def test_the_readme_s_tables_of_models_are_those_of_the_committed_results():
+    root = Path(__file__).parents[1]
+    shown = re.findall(r"<!-- lq bench --model: (\S+) -->\n+(\|.*?)\n\n", (root / "README.md").read_text(), re.DOTALL)
+    assert len(shown) == 2
+    for name, text in shown:
+        assert text == model_results.table(json.loads((root / ".readme" / name).read_text())), name
