@@ -19,10 +19,11 @@ from . import cuts
 from .rules import RESHAPE, Operation
 
 # Elements of the smallest tensor that is deferred, and of a block: few enough to stay in a cache, in float64; on a GPU
-# enough to keep it busy.
+# enough to keep it busy, and of a large tensor so many that a handful of blocks in float64 are as large as it is in half
+# precision.
 LEAST = 1 << 17
 BLOCK = {"cpu": 1 << 17}
-BLOCK_ELSEWHERE = 1 << 20
+BLOCK_ELSEWHERE, SHARE = 1 << 20, 20
 
 _LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 
@@ -162,7 +163,7 @@ def _cut_to(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, int]:
 
 def block_size(t: Tensor) -> int:
     """Elements of a block."""
-    return BLOCK.get(t.device.type, BLOCK_ELSEWHERE)
+    return BLOCK.get(t.device.type) or max(BLOCK_ELSEWHERE, t.numel() // SHARE)
 
 
 def spans(t: Tensor, axis: int = 0) -> Iterator[tuple[int, int]]:
