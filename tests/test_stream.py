@@ -96,8 +96,10 @@ def test_rows_are_run_once_each_in_order_with_as_many_as_fit(m, most, monkeypatc
     taken = []
 
     def launcher(kind, call, x_dtype, rows, device_index):
-        def launch(x, parts, bias, out, queue):
+        def launch(x, parts, bias, other, out, queue):
             assert x.shape[0] <= rows and x.shape[0] == out.shape[0]
+            # What is added goes along, row for row.
+            assert other == added.data_ptr() + int(x[0, 0]) * added.stride(0) * added.element_size()
             taken.append((rows, x[:, 0].tolist()))
 
         return launch if rows <= most else None
@@ -105,10 +107,16 @@ def test_rows_are_run_once_each_in_order_with_as_many_as_fit(m, most, monkeypatc
     monkeypatch.setattr(stream, "launcher", launcher)
     monkeypatch.setattr(stream, "pointers", lambda parts, call: ())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-    monkeypatch.setattr(stream.dense, "run", lambda x, parts, bias, call, out: taken.append((0, x[:, 0].tolist())))
+
+    def dense(x, parts, bias, call, out, other):
+        assert torch.equal(other, added[int(x[0, 0]) :])
+        taken.append((0, x[:, 0].tolist()))
+
+    monkeypatch.setattr(stream.dense, "run", dense)
+    added = torch.randn(m, 4)
     x = torch.arange(m, dtype=torch.float32)[:, None].expand(m, 8)
-    call = Call("quick", FORMATS[3], 4, 8)
-    stream.run(quick.Shape, quick.SIZES, quick.ROWS[0], x, [], None, call, torch.empty(m, 4))
+    call = Call("quick", FORMATS[3], 4, 8, "add")
+    stream.run(quick.Shape, quick.SIZES, quick.ROWS[0], x, [], None, call, torch.empty(m, 4), added)
     assert [row for _, rows in taken for row in rows] == list(range(m))
     assert {rows for rows, _ in taken} <= {0} if most == 0 else all(0 < rows <= most for rows, _ in taken)
     if most == 16:
