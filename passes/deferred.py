@@ -19,8 +19,8 @@ from . import cuts
 from .rules import RESHAPE, Operation
 
 # Elements of the smallest tensor that is deferred, and of a block: few enough to stay in a cache, in float64; on a GPU
-# enough to keep it busy, and of a large tensor so many that a handful of blocks in float64 are as large as it is in half
-# precision.
+# enough to keep it busy, and of a large tensor so many that a handful of blocks in float64 are as large as it is in
+# half precision.
 LEAST = 1 << 17
 BLOCK = {"cpu": 1 << 17}
 BLOCK_ELSEWHERE, SHARE = 1 << 20, 20
