@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import ArgumentError
 from .report import size
+from .results import objects
 from .table import Line
 from .viewer import templates
 
@@ -86,11 +87,7 @@ def rows_of(document: Mapping[str, Any]) -> list[Row]:
     """The rows of a results document. Raises ArgumentError where it is not one of this schema."""
     if (document.get("kind"), document.get("schema")) != ("model", SCHEMA):
         raise ArgumentError("schema", (document.get("kind"), document.get("schema")), f"('model', {SCHEMA})")
-    names = {f.name for f in fields(Row)}
-    rows = document.get("rows")
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or set(row) != names for row in rows):
-        raise ArgumentError("rows", type(rows).__name__, f"a list of objects with {', '.join(sorted(names))}")
-    found = [Row(**row) for row in rows]
+    found = objects(document, Row)
     for row in found:
         if row.phase not in PHASES or row.verdict not in VERDICTS:
             raise ArgumentError("row", (row.phase, row.verdict), f"{' | '.join(PHASES)}; {' | '.join(VERDICTS)}")

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from .device import measured, processor
 from .errors import ArgumentError
 from .report import size
 
+T = TypeVar("T")
 SCHEMA = 1
 KINDS = ("ours", "dense", "light", "neighbour")
 TIMED = ("ok", "unchecked")
@@ -76,15 +77,20 @@ class Row:
         return self.dense / self.median if self.dense and self.median else None
 
 
+def objects(document: Mapping[str, Any], kind: type[T]) -> list[T]:
+    """The rows of a results document as objects of a dataclass. Raises ArgumentError where they have other fields."""
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    rows = document.get("rows")
+    if not isinstance(rows, list) or any(not isinstance(row, dict) or set(row) != names for row in rows):
+        raise ArgumentError("rows", type(rows).__name__, f"a list of objects with {', '.join(sorted(names))}")
+    return [kind(**row) for row in rows]
+
+
 def rows_of(document: Mapping[str, Any]) -> list[Row]:
     """The rows of a results document. Raises ArgumentError where it is not one of this schema."""
     if document.get("schema") != SCHEMA:
         raise ArgumentError("schema", document.get("schema"), str(SCHEMA))
-    names = {f.name for f in fields(Row)}
-    rows = document.get("rows")
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or set(row) != names for row in rows):
-        raise ArgumentError("rows", type(rows).__name__, f"a list of objects with {', '.join(sorted(names))}")
-    found = [Row(**row) for row in rows]
+    found = objects(document, Row)
     for row in found:
         if row.kind not in KINDS or row.verdict not in VERDICTS:
             raise ArgumentError("row", (row.kind, row.verdict), f"{' | '.join(KINDS)}; {' | '.join(VERDICTS)}")
