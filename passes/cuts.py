@@ -115,6 +115,8 @@ def _view(op: Operation, t: Tensor, axis: int) -> Maker | None:
     seen = torch.empty(0, dtype=torch.uint8, device="meta").as_strided(source.shape, marks)
     moved = op.func(seen, *op.args[1:], **op.kwargs)
     mark, size = moved.stride(axis), t.shape[axis]
+    if op.name == "expand" and mark == 0:
+        return lambda low, high, block: block.whole(source).expand(*t.shape[:axis], high - low, *t.shape[axis + 1 :])
     if mark not in marks or source.shape[marks.index(mark)] != size:
         return None
     at, args = marks.index(mark), op.args[1:]
