@@ -215,7 +215,7 @@ class _Held:
             plan.packed,
             plan.bias,
             plan.bundle.epilogue,
-            [m.recovered.forgotten() for m in matches],
+            [m.recovered for m in matches],
             [[place.get(n, -1) for n in m.source_nodes] for m in matches],
             [None if bias is None else values[bias] for bias in taken],
             [-1 if bias is None else place.get(bias, -1) for bias in taken],
@@ -235,13 +235,17 @@ class _Held:
         given = zip(self.recovered, self.where, strict=True)
         fresh, biases = [r.again(now(where, r.sources)) for r, where in given], now(self.bias_at, self.biases)
         weights = join(fresh, self.epilogue)
+        if any(r.across != self.recovered[0].across for r in fresh):
+            return False
         if not all(p.update(w) for p, w in zip(self.packed, weights, strict=True)):
             return False
-        bias = join_biases(biases, [r.weights[0].n for r in fresh], self.epilogue)
+        bias = join_biases(biases, [r.n for r in fresh], self.epilogue)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
         # They hold the new tensors, so that the old may be freed.
-        self.recovered, self.biases = [r.forgotten() for r in fresh], biases
+        for r in fresh:
+            r.forget()
+        self.recovered, self.biases = fresh, biases
         return True
 
 

@@ -110,6 +110,16 @@ def rows(w: QWeight, which: slice | torch.Tensor) -> QWeight:
     return dataclasses.replace(w, n=held["codes"].shape[0], **held)
 
 
+def columns(w: QWeight, which: torch.Tensor) -> QWeight:
+    """Some inputs of a weight, by where their codes stand, each as a group of its own."""
+    groups = which // w.format.group
+    held = {name: getattr(w, name)[:, groups] for name in GROUPED if getattr(w, name) is not None}
+    if w.table is not None and w.table.ndim > 2:
+        held["table"] = w.table[:, groups]
+    format = dataclasses.replace(w.format, group=1)
+    return dataclasses.replace(w, format=format, k=len(which), codes=w.codes[:, which], perm=None, **held)
+
+
 def concat(weights: Sequence[QWeight]) -> QWeight:
     """The rows of several weights as one. They must share format, k, perm and, unless each row has its own, table."""
     first = weights[0]

@@ -1,16 +1,17 @@
-"""From scales of every single weight back to scales of groups: how many inputs share one, and in which order."""
+"""From scales of every single weight back to scales of groups: how many inputs, or outputs, share one; which order."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import Reason, Refused
-from .deferred import Block, held, spans, unrepeated
+from .algebra import Form
+from .deferred import Block, codes_of, defer, held, spans, unrepeated
 
 SMALLEST = 4
 
@@ -71,28 +72,74 @@ def find_groups(pieces: Sequence[Tensor], k: int) -> Groups:
         return Groups(size, None)
     # Act-order: the columns of a group are scattered, but all its columns carry the same scales.
     varying = [p for p in pieces if p.numel() > 1]
-    size, inverse = _alike(varying)
+    size, group = _alike(varying, 1)
     if size < SMALLEST:
-        outputs = _alike([p.t() for p in varying])[0]
-        shared = f", each scale shared by {outputs} outputs instead" if outputs >= SMALLEST else ""
-        raise Refused(Reason.GROUPS, f"groups of {size}{shared}")
-    return Groups(size, torch.argsort(inverse, stable=True))
+        raise Refused(Reason.GROUPS, f"groups of {size}")
+    return Groups(size, torch.argsort(group, stable=True))
 
 
-def _alike(pieces: Sequence[Tensor]) -> tuple[int, Tensor]:
-    """The size of equal groups into which the columns fall that are the same in every piece, and each one's group."""
-    signature = torch.stack([_signature(p) for p in pieces])
-    _, inverse, counts = torch.unique(signature, dim=1, return_inverse=True, return_counts=True)
-    return math.gcd(*counts.tolist()), inverse
+def turned(form: Form) -> tuple[Form, Tensor | None]:
+    """The form of w.T [k, n] where outputs share what belongs to an input, those that do side by side, and their order.
+
+    Its column j is output order[j]; None: each is in its place. Codes are held, as bytes, and of the rest what differs.
+    Raises Refused: GROUPS where less than SMALLEST outputs share.
+    """
+    n, k = form.shape
+    several = len(form.terms) > 1
+    coarse = [several and _alike([t.codes.expand(n, k)], 0)[0] >= SMALLEST for t in form.terms]
+    pieces = [*(t.coef for t in form.terms), *(t.codes for t, c in zip(form.terms, coarse, strict=True) if c)]
+    varying = [p.expand(n, k) for p in (*pieces, form.offset) if p.numel() > 1]
+    size, group = _alike(varying, 0) if varying else (n, torch.zeros(n, device=form.offset.device))
+    if size < SMALLEST:
+        raise Refused(Reason.GROUPS, f"each scale shared by {size} outputs")
+    order = torch.argsort(group, stable=True)
+    in_place = torch.equal(order, torch.arange(n, device=order.device))
+
+    def shared(piece: Tensor) -> Tensor:
+        if piece.numel() == 1:
+            return piece
+        each = defer(_rows(piece.expand(n, k), order[::size]).t().contiguous())
+        return each.unsqueeze(-1).expand(k, n // size, size).reshape(k, n)
+
+    def own(codes: Tensor) -> Tensor:
+        codes, least, most = codes_of(codes, (n, k))
+        if max(-least, most) > 2**15 - 1:
+            raise Refused(Reason.TOO_MANY_LEVELS, "codes")
+        return codes.t() if in_place else codes[order].t()
+
+    terms = (
+        replace(t, coef=shared(t.coef), codes=shared(t.codes) if c else own(t.codes))
+        for t, c in zip(form.terms, coarse, strict=True)
+    )
+    return Form((k, n), tuple(terms), shared(form.offset)), None if in_place else order
 
 
-def _signature(t: Tensor) -> Tensor:
-    """A number [k] for each column of a piece: equal for equal columns, and hardly ever for others."""
+def _rows(t: Tensor, which: Tensor) -> Tensor:
+    """Some rows of a piece."""
+    ordered, place = which.sort()
+    blocks = list(spans(t))
+    ends = torch.searchsorted(ordered, torch.tensor([high for _, high in blocks], device=which.device)).tolist()
+    found = [
+        Block().part(t, low, high)[ordered[first:last] - low]
+        for (low, high), first, last in zip(blocks, [0, *ends], ends, strict=False)
+    ]
+    return torch.cat(found)[torch.argsort(place)]
+
+
+def _alike(pieces: Sequence[Tensor], axis: int) -> tuple[int, Tensor]:
+    """The size of equal groups of rows (axis 0), or columns, that are the same in every piece, and each one's group."""
+    signature = torch.stack([_signature(p, axis) for p in pieces])
+    _, group, counts = torch.unique(signature, dim=1, return_inverse=True, return_counts=True)
+    return math.gcd(*counts.tolist()), group
+
+
+def _signature(t: Tensor, axis: int) -> Tensor:
+    """A number for each row (axis 0) or column of a piece: equal for equal ones, and hardly ever for others."""
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, (t.shape[0], 1), generator=generator).to(t.device)
-    total = torch.zeros(t.shape[1], dtype=torch.int64, device=t.device)
+    factors = torch.randint(-(2**63), 2**63 - 1, (t.shape[1 - axis],), generator=generator).to(t.device) | 1
+    found = []
     for low, high in spans(t):
         # By their bits, and modulo 2**64, so that no order of additions matters; 0 has one sign.
-        bits = Block().part(t, low, high).add(0.0).contiguous().view(torch.int64)
-        total += bits.mul_(factors[low:high] | 1).sum(0)
-    return total
+        bits = Block().part(t, low, high).to(torch.float64).add(0.0).contiguous().view(torch.int64)
+        found.append(bits.mul_(factors if axis == 0 else factors[low:high, None]).sum(1 - axis))
+    return torch.cat(found) if axis == 0 else torch.stack(found).sum(0)

@@ -60,6 +60,8 @@ def read(module: fx.GraphModule, inputs: Sequence[Any], reader: Reader, strict: 
 def _layer(module: fx.GraphModule, constants: Constants, match: Match) -> Layer:
     """Raises Refused unless all that the graph does with its one input is this match, casts and a bias."""
     r, c, nodes = match.roles, match.contraction, list(module.graph.nodes)
+    if match.recovered.across:
+        raise Refused(Reason.LAYER, f"scales shared by {match.recovered.formats[0].group} outputs")
     simple = not r.batch and len(r.n) == len(r.k) == 1 and r.x_labels == (*r.m, *r.k) and r.y_labels == (*r.m, *r.n)
     if not simple or c.alpha != 1 or (c.beta != 1 and match.bias is not None):
         raise Refused(Reason.LAYER, match.anchor.name)

@@ -137,7 +137,7 @@ def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx
     wanted = fake_value(match.output)
     bias = nodes[match.bias] if match.bias is not None else None
     x = _operand(plan, emit, nodes[match.x])
-    c, n = match.contraction, plan.packed[0].n
+    c, n = match.contraction, match.n
     plain = not r.batch and c.alpha == 1 and c.beta == 1 and len(r.n) <= 1
     fused = None
     if (
@@ -208,9 +208,17 @@ def _gemm(
     plan: Plan, packed: Packed, emit: _Emitter, inputs: _Inputs, x: fx.Node, bias: fx.Node | None,
     other: fx.Node | None = None,
 ) -> fx.Node:  # fmt: skip
-    if packed.perm is not None:
+    if packed.perm is not None and not packed.across:
         x = emit(torch.index_select, x, fake_value(x).ndim - 1, inputs.node(packed.perm))
     parts = [inputs.node(part) for part in packed.parts]
+    if packed.across:
+        dense = packed.layout, packed.n, packed.k, packed.format.spec, plan.match.dtype
+        w = emit(ops.DEQUANTIZE, parts, *dense)
+        # Autocast leaves a product with a vector alone on a CPU, and so must this be.
+        y = emit(torch.matmul, x, w) if fake_value(x).ndim > 1 else emit(torch.mv, emit("t", w), x)
+        if packed.perm is not None:
+            y = emit(torch.index_select, y, fake_value(y).ndim - 1, inputs.node(packed.perm))
+        return y if bias is None else emit(torch.add, y, bias)
     op = ops.GEMMS[packed.layouts[0]]
     return emit(op, x, parts, bias, other, packed.n, packed.k, packed.format.spec, plan.bundle.epilogue, plan.route)
 

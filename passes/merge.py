@@ -85,8 +85,8 @@ def bundles(matches: Sequence[Match], constants: Constants) -> list[Bundle]:
     of_x: dict[Any, list[list[Match]]] = defaultdict(list)
     for match in matches:
         plain = _plain(match, constants) and once[id(match.recovered)] == 1
-        w = match.recovered.weights[0]
-        alike = of_x[_spelled(match.x), match.dtype, w.format, w.k] if plain else []
+        r = match.recovered
+        alike = of_x[_spelled(match.x), match.dtype, r.formats[0], r.k] if plain else []
         group = next((g for g in alike if _joins(g, match, constants)), None)
         if group is None:
             group = []
@@ -105,8 +105,10 @@ def bundles(matches: Sequence[Match], constants: Constants) -> list[Bundle]:
 
 def _plain(match: Match, constants: Constants) -> bool:
     """Whether an op gives the match's output as it is: y[m..., n], one weight, at most a bias that is a parameter."""
-    c, r, w = match.contraction, match.roles, match.recovered.weights[0]
-    if r.batch or len(r.n) != 1 or r.y_labels != (*r.m, *r.n) or c.alpha != 1 or match.recovered.fused:
+    c, r = match.contraction, match.roles
+    if r.batch or len(r.n) != 1 or r.y_labels != (*r.m, *r.n) or c.alpha != 1:
+        return False
+    if match.recovered.fused or match.recovered.across:
         return False
     if fake_value(match.output).dtype != match.dtype or any(label[-1] == "!" for label in (*r.x_labels, *r.w_labels)):
         return False
@@ -116,7 +118,7 @@ def _plain(match: Match, constants: Constants) -> bool:
     bias = constants.values.get(leaf)
     if bias is None or constants.mutated(leaf) or c.beta != 1 or fake_value(match.output).requires_grad:
         return False
-    return tuple(bias.shape) == (w.n,) and bias.dtype == match.dtype
+    return tuple(bias.shape) == (match.n,) and bias.dtype == match.dtype
 
 
 def _spelled(x: fx.Node) -> str:
@@ -172,7 +174,7 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _silu_mul(group: Sequence[Match], constants: Constants) -> Bundle | None:
-    if len(group) != 2 or group[0].recovered.weights[0].n % TURN:
+    if len(group) != 2 or group[0].n % TURN:
         return None
     for gate, up in (group, group[::-1]):
         silu = _only_user(gate.output, "silu")

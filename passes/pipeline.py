@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -144,37 +145,45 @@ def _plan(
     plans, refused = [], {}
     with torch.inference_mode(False), torch.no_grad():
         left = bundles([match for match in found if isinstance(match, Match)], constants)
+        readers = Counter(id(match.recovered) for bundle in left for match in bundle.matches)
         while left:
             bundle = left.pop(0)
             try:
                 plans.append(planner.plan(bundle))
             except Refused as refusal:
                 less = bundle.simpler()
-                if not less:
-                    refused[bundle.matches[0].anchor] = refusal.reason
-                left = less + left
+                if less:
+                    left = less + left
+                    continue
+                refused[bundle.matches[0].anchor] = refusal.reason
+            # Codes take more than what is packed of them: they go before those of the next bundle are packed.
+            for recovered in [match.recovered for match in bundle.matches]:
+                readers[id(recovered)] -= 1
+                if not readers[id(recovered)]:
+                    recovered.forget()
     return plans, refused
 
 
 def _decision(item: Match | Kept, plan: Plan | None, refused: Reason | None) -> Decision:
     if isinstance(item, Kept):
         return Decision(item.where, "kept", reason=item.reason, near_misses=item.near_misses)
-    first = item.recovered.weights[0]
-    problem = {"n": first.n, "k": first.k, "x_dtype": str(item.dtype).removeprefix("torch.")}
+    r = item.recovered
+    problem: dict[str, Any] = {"n": r.n, "k": r.k, "x_dtype": str(item.dtype).removeprefix("torch.")}
     if plan is None:
-        return Decision(item.where, "kept", problem, first.format, reason=refused or Reason.PASS_FAILED)
+        return Decision(item.where, "kept", problem, r.formats[0], reason=refused or Reason.PASS_FAILED)
     problem = {"m": str(plan.m), **problem, "bias": item.bias is not None}
     together, share = len(plan.bundle.matches), plan.share(item)
     problem |= {"together": together} if together > 1 else {}
     problem |= {"epilogue": plan.bundle.epilogue} if plan.bundle.epilogue else {}
-    before = len(item.recovered.weights) * first.n * first.k * item.dtype.itemsize
+    problem |= {"across": True} if r.across else {}
+    before = len(r.formats) * r.n * r.k * item.dtype.itemsize
     return Decision(
         where=item.where,
         outcome="rewritten",
         problem=problem,
-        format=first.format,
-        rule=item.recovered.rule,
-        proof=item.recovered.proof,
+        format=r.formats[0],
+        rule=r.rule,
+        proof=r.proof,
         layout=plan.layout,
         pieces=tuple(replace(p, seconds=share * p.seconds) for p in plan.pieces),
         bytes_before=before,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ MARGIN, LAUNCHES = 1.05, 10
 class Packed:
     """One weight in its layout, or in two: "lut+quick" has the parts of the one, then those of the other.
 
-    The tensors of `parts` keep their addresses when the weight is packed again.
+    The tensors of `parts` keep their addresses when the weight is packed again. `perm` is in which order the op takes
+    its inputs; of a transposed weight, packed `across`, in which order the user takes its outputs, that are `k` here.
     """
 
     layout: str
@@ -43,6 +45,7 @@ class Packed:
     k: int
     parts: list[Tensor]
     perm: Tensor | None
+    across: bool = False
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -62,7 +65,7 @@ class Packed:
         for old, new in zip(self.parts, fresh, strict=True):
             old.copy_(new)
         if self.perm is not None and fitted.perm is not None:
-            self.perm.copy_(fitted.perm)
+            self.perm.copy_(_order(fitted.perm, self.across))
         return True
 
     @property
@@ -94,11 +97,6 @@ class Plan:
     def match(self) -> Match:
         """The first match, whose x the op reads."""
         return self.bundle.matches[0]
-
-    @property
-    def weights(self) -> tuple[QWeight, ...]:
-        """What is packed."""
-        return join([m.recovered for m in self.bundle.matches], self.bundle.epilogue)
 
     def share(self, match: Match) -> float:
         """How much of the op is one match's."""
@@ -167,7 +165,8 @@ class Planner:
         # By identity, kept alive here: equal weights of two layers are two packs.
         key = (*map(id, recovered), choice.layout, bundle.epilogue == "silu_mul")
         if key not in self._packed:
-            self._packed[key] = tuple(_pack(w, choice.layout) for w in join(recovered, bundle.epilogue))
+            weights, across = join(recovered, bundle.epilogue), recovered[0].across
+            self._packed[key] = tuple(_pack(w, choice.layout, across) for w in weights)
             self._kept.append(bundle)
         bias = None
         if len(bundle.matches) > 1:
@@ -182,14 +181,17 @@ class Planner:
         match = matches[0]
         x = fake_value(match.x)
         m, m_range = _rows(match, x)
-        first, n = match.recovered.weights[0], sum(match.n for match in matches)
-        problem = Problem(m, (m_range[0], m_range[1] or 1 << 31), n, first.k, first.format, match.dtype, x.device)
+        recovered, n = match.recovered, sum(match.n for match in matches)
+        if recovered.across and x.requires_grad and fake_value(match.output).requires_grad:
+            raise Refused(Reason.GROUPS, "the backward pass would keep the dense weight")
+        # The weights of a batch share one route, but each may have turned out to be of another format.
+        formats = tuple(dict.fromkeys(recovered.formats))
+        limits = (m_range[0], m_range[1] or 1 << 31)
+        problem = Problem(m, limits, n, recovered.k, formats[0], match.dtype, x.device)
         with with_threads(self._threads):
             device = self._device or profile.of(problem.device)
-        fused = match.recovered.fused
-        # The weights of a batch share one route, but each may have turned out to be of another format.
-        formats = tuple(dict.fromkeys(w.format for w in match.recovered.weights))
-        return self._chosen(problem, formats, m_range, device, fused, ()), m, m_range, device
+        found = self._chosen(problem, formats, m_range, device, fused=recovered.fused, across=recovered.across)
+        return found, m, m_range, device
 
     def choice(
         self, format: Format, n: int, k: int, x_dtype: torch.dtype, on: torch.device, layouts: Sequence[str] = (),
@@ -198,17 +200,17 @@ class Planner:
         """What runs one packed weight for any number of rows, in one of `layouts` (none: any). Raises Refused."""
         problem = Problem(sympy.Symbol("m"), (1, 1 << 31), n, k, format, x_dtype, on)
         device = self._device or profile.of(on)
-        return self._chosen(problem, (format,), (1, None), device, fused, tuple(layouts), packed=True)
+        own = tuple(layouts)
+        return self._chosen(problem, (format,), (1, None), device, fused=fused, layouts=own, packed=True)
 
     def _chosen(
-        self, problem: Problem, formats: tuple[Format, ...], m_range: tuple[int, int | None], device: Device,
-        fused: str, layouts: tuple[str, ...], packed: bool = False,
-    ) -> Choice:  # fmt: skip
+        self, problem: Problem, formats: tuple[Format, ...], m_range: tuple[int, int | None], device: Device, **how: Any
+    ) -> Choice:
         """As `_choose`, once for each kind of problem."""
-        asked = (m_range, problem.n, problem.k, formats, problem.x_dtype, device, fused, layouts, packed)
+        asked = (m_range, problem.n, problem.k, formats, problem.x_dtype, device, *how.items())
         if asked not in self._choices:
             try:
-                self._choices[asked] = self._choose(problem, formats, m_range, device, fused, layouts, packed)
+                self._choices[asked] = self._choose(problem, formats, m_range, device, **how)
             except Refused as refused:
                 self._choices[asked] = refused
         choice = self._choices[asked]
@@ -218,20 +220,30 @@ class Planner:
 
     def _choose(
         self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str,
-        layouts: Sequence[str] = (), packed: bool = False,
+        layouts: Sequence[str] = (), packed: bool = False, across: bool = False,
     ) -> Choice:  # fmt: skip
         """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
 
         Of `layouts`, if any. Raises Refused where none does, or where the library's own operation `fused` ("" for
-        none) is faster, or, for a weight that need not be `packed`, what Inductor makes of a dequantization.
+        none) is faster, or, for a weight that need not be `packed`, what Inductor makes of a dequantization. A weight
+        packed `across` is dequantized, multiplied by, and the outputs put in order.
         """
         m = sympy.Symbol("m", positive=True, integer=True)
         priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
         dense = Candidate("dense weight", "", cost.dense(priced, device))
-        able = _candidates(priced, formats, device, layouts or tuple(LAYOUTS))
+        if across:
+            turned = dataclasses.replace(priced, n=priced.k, k=priced.n)
+            ordered = device.launch + 2 * m * priced.n * priced.x_dtype.itemsize / device.bandwidth
+            able = [
+                dataclasses.replace(c, seconds=c.seconds + ordered)
+                for c in _candidates(turned, formats, device, tuple(LAYOUTS))
+                if c.kernel == "dense"
+            ]
+        else:
+            able = _candidates(priced, formats, device, layouts or tuple(LAYOUTS))
         if not able:
             raise Refused(Reason.NO_KERNEL, f"{problem.format} on {device.kind}")
-        if self._autotune:
+        if self._autotune and not across:
             with with_threads(self._threads), undisturbed():
                 dense, *able = autotune.timed(priced, m_range, [dense, *able], self._workload, device)
         found_in = tuple(dict.fromkeys(c.layout for c in able))
@@ -288,8 +300,14 @@ def _candidates(problem: Problem, formats: Sequence[Format], device: Device, lay
     ]
 
 
-def _pack(w: QWeight, layout: str) -> Packed:
-    return Packed(layout, w.format, w.n, w.k, _parts(w, layout.split("+")), w.perm)
+def _pack(w: QWeight, layout: str, across: bool = False) -> Packed:
+    order = None if w.perm is None else _order(w.perm, across)
+    return Packed(layout, w.format, w.n, w.k, _parts(w, layout.split("+")), order, across)
+
+
+def _order(perm: Tensor, across: bool) -> Tensor:
+    """What to index inputs by, or, `across`, outputs: those are found where their columns of codes stand."""
+    return torch.argsort(perm) if across else perm
 
 
 def _parts(w: QWeight, layouts: Sequence[str]) -> list[Tensor]:

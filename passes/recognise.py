@@ -51,7 +51,7 @@ class Match:
     @property
     def n(self) -> int:
         """Outputs of each weight."""
-        return self.recovered.weights[0].n
+        return self.recovered.n
 
     @property
     def dtype(self) -> torch.dtype:

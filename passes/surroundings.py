@@ -344,7 +344,7 @@ def _after(lowered: Lowered, place: int, plan: Plan) -> tuple[Step, ...]:
     out = []
     for node in nodes:
         name = packed_of.get(node)
-        role = "packed" if name else "input" if node in inputs else "matmul" if _is_ours(node) else "activation"
+        role = "packed" if name else "input" if node in inputs else _made_by(node, node in inside)
         text = name or ("x" if node in inputs and node.op != "placeholder" else "")
         found = tuple(at[i] for i in node.all_input_nodes if i in at) if node not in inputs else ()
         out.append(_step(node, at, found, role, "understood" if name or node in inside else "", text))
@@ -357,5 +357,9 @@ def _gone(nodes: Sequence[fx.Node], match: Match, lowered: Lowered) -> set[fx.No
     return {n for n in nodes if n in (match.anchor, match.output) or lowered.stands_for.get(n) not in alive}
 
 
-def _is_ours(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lq"
+def _made_by(node: fx.Node, emitted: bool) -> str:
+    """The role of a new node: our own op multiplies by a packed weight, or makes the dense one for torch's to do so."""
+    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lq"
+    if ours and target_name(node).startswith("dequantize"):
+        return "constant"
+    return "matmul" if ours or (emitted and target_name(node) in ("matmul", "mv")) else "activation"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import LqError
-from ..formats import dequantize
+from ..formats import dequantize, rows
 from .constants import Constants, fake_value, plain
+from .deferred import spans
 from .evaluate import undisturbed
 from .lower import Lowered
 from .merge import bias_of
@@ -77,8 +78,7 @@ def _probe(
             before = _run(module, between, old)
         after = _run(lowered.module, nodes, new)
         # Miswired, they differ by about the size of either; rounded, by 1 % of what is added up to give them.
-        squares = (dequantize(w).square().mean(1).sum() for m in bundle.matches for w in m.recovered.weights)
-        added_up = x.double().norm() * sum(squares) ** 0.5
+        added_up = x.double().norm() * sum(_squares(m) / max(m.recovered.k, 1) for m in bundle.matches) ** 0.5
         for output, result in zip(bundle.outputs, results, strict=True):
             wanted, got = before[output], after[result]
             if got.shape != wanted.shape:
@@ -88,6 +88,12 @@ def _probe(
             difference = (got.double() - wanted.double())[finite].norm()
             if not bool(difference <= 0.05 * wanted.double()[finite].norm() + 0.02 * added_up + 1e-6):
                 raise Broken(plan, f"the lowered matmul differs from the original by {float(difference):.3g}")
+
+
+def _squares(match: Match) -> float:
+    """The sum of the squares of all weights of a match. They are read again: once they are packed nobody holds them."""
+    weights = match.recovered.again(match.recovered.sources).weights
+    return sum(float(dequantize(rows(w, slice(*some))).square().sum()) for w in weights for some in spans(w.codes))
 
 
 def _random_x(plan: Plan) -> Tensor:
