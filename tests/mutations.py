@@ -235,8 +235,11 @@ def _swapped_axes(random: Random, n: int, k: int) -> Source:
 
 
 def _axis_0(random: Random, n: int, k: int) -> Source:
-    t = {"codes": _codes(random, n, k), "scale": _scale(random, n // 4, 1, k)}
-    return t, lambda codes, scale: (codes.view(n // 4, 4, k) * scale).view(n, k)
+    t = {"codes": _codes(random, n, k), "scale": _scale(random, n // 4, k)}
+    if random.random() < 0.5:
+        # As hqq has it: every (n/4)th output.
+        return t, lambda codes, scale: (codes.view(4, n // 4, k) * scale).view(n, k)
+    return t, lambda codes, scale: (codes.view(n // 4, 4, k) * scale.unsqueeze(1)).view(n, k)
 
 
 def _float_codes(random: Random, n: int, k: int) -> Source:

@@ -34,7 +34,7 @@ def after(patch, owner, name, change):
 
 def trusting(patch):
     """A prover and a verifier that accept anything, so that only an oracle is left."""
-    patch.setattr(prove, "prove", lambda q, w: "bit_exact")
+    patch.setattr(prove, "prove", lambda *a: "bit_exact")
     patch.setattr(pipeline, "verify", lambda *a: None)
 
 
@@ -143,6 +143,10 @@ def _perm_reversed(patch):
     after(patch, plan, "_pack", change)
 
 
+def _order_not_inverted(patch):
+    patch.setattr(plan, "_order", lambda perm, across: perm)
+
+
 def _blind_to_writes(patch):
     patch.setattr(constants, "written", lambda node: [])
     patch.setattr(lower, "written", lambda node: [])
@@ -226,6 +230,7 @@ def _any_strides(patch):
 N4 = {"idiom": "affine", "spelling": "linear"}
 PERM = {"idiom": "affine", "only": "column_order"}
 BINARY, TABLE = {"idiom": "binary", "spelling": "mm"}, {"idiom": "table", "spelling": "mm"}
+ACROSS = {"kind": "mutations", "only": "axis_0", "spelling": "linear"}
 BIAS, SCALED = {"spelling": "linear_bias"}, {"spelling": "addmm_scaled"}
 # name: (fault, the cases that show it, which check catches it first)
 MUTANTS = {
@@ -256,6 +261,11 @@ MUTANTS = {
     "batch of weights reversed": (_batch_reversed, {"spelling": "bmm_two"}, "verify"),
     "act-order forgotten": (_no_perm, PERM, "verify"),
     "act-order reversed, unverified": (both(unverified, _perm_reversed), PERM, "oracle"),
+    "across: outputs out of order": (_no_perm, ACROSS, "verify"),
+    "across: order not inverted": (_order_not_inverted, ACROSS, "verify"),
+    "across: order not inverted, unverified": (both(unverified, _order_not_inverted), ACROSS, "oracle"),
+    "across, trusted: scale of the neighbour input": (both(trusting, misread("scale", lambda t: t.roll(1, 0))), ACROSS,
+                                                      "oracle"),
     "batch of weights reversed, unverified": (both(unverified, _batch_reversed), {"spelling": "bmm_two"}, "oracle"),
     "kernel: last row of the weight zero": (both(unverified, _zeroed(-1)), N4, "oracle"),
     "kernel: last column of the weight zero": (both(unverified, _zeroed((slice(None), -1))), N4, "oracle"),

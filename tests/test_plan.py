@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import sympy
@@ -16,10 +17,13 @@ from lqcompile.formats import dequantize, random_weight
 from lqcompile.kernels import ops, registry
 from lqcompile.kernels.build import has_nvrtc
 from lqcompile.kernels.layout import LAYOUTS
+from lqcompile.passes import pipeline
+from lqcompile.passes.merge import bundles
 from lqcompile.passes.plan import LAUNCHES, MARGIN, Planner
 from lqcompile.types import Format, Problem
 
-from .models import close, compiled, mlp
+from .libraries.harness import Backend
+from .models import Dequant, close, compiled, mlp
 
 M = sympy.Symbol("m", positive=True, integer=True)
 INT4 = Format("affine", 4, 128, "int", "float16")
@@ -35,6 +39,33 @@ def taking(monkeypatch, seconds):
     """Every kernel takes `seconds(problem, layout, device)`, from now on."""
     for name, kernel in registry.discover().items():
         monkeypatch.setitem(registry.KERNELS, name, dataclasses.replace(kernel, seconds=seconds))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_codes_go_as_soon_as_they_are_packed(tied, monkeypatch):
+    layers = [Dequant(32, 32, seed=i) for i in range(5)]
+    model = torch.nn.Sequential(*layers, *layers[:1] * tied).eval()
+    codes, held = [], []
+
+    def seen(matches, constants):
+        codes.extend(weakref.ref(r.weights[0].codes) for r in dict.fromkeys(m.recovered for m in matches))
+        return bundles(matches, constants)
+
+    def plan(self, bundle):
+        held.append(sum(t() is not None for t in codes))
+        return planned(self, bundle)
+
+    planned = Planner.plan
+    monkeypatch.setattr(pipeline, "bundles", seen)
+    monkeypatch.setattr(Planner, "plan", plan)
+    backend = Backend()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(torch.randn(3, 32))
+    assert backend.outcomes[0].lowered is not None
+    # What is tied is held until the last that reads it is planned.
+    assert held == ([5, 5, 4, 3, 2, 1] if tied else [5, 4, 3, 2, 1])
+    assert not any(t() is not None for t in codes)
 
 
 def few_or_many(problem, layout, device):

@@ -16,6 +16,7 @@ from lqcompile.formats import UNIT_ROUNDOFF, bound, dequantize
 from lqcompile.kernels import ops, registry
 from lqcompile.passes import pipeline
 from lqcompile.passes.constants import fake_value
+from lqcompile.passes.merge import join
 from lqcompile.passes.pipeline import Outcome
 from lqcompile.passes.plan import Plan
 from lqcompile.prepare import tracing
@@ -105,15 +106,19 @@ def measure(name: str, make: Make) -> Row:
 def _against_float64(plan: Plan) -> float:
     """The worst error of the planned kernel over its bound, for some rows of x."""
     worst, dtype = 0.0, plan.match.dtype
-    for packed, w in zip(plan.packed, plan.weights, strict=True):
-        x = torch.randn(5, w.k, generator=torch.Generator().manual_seed(0)).to(dtype)
-        fed = x if packed.perm is None else x[:, packed.perm]
-        y = ops.GEMMS[plan.layout](
-            fed, packed.parts, None, None, packed.n, packed.k, packed.format.spec, "", plan.route
-        )
+    again = [m.recovered.again(m.recovered.sources) for m in plan.bundle.matches]
+    for packed, w in zip(plan.packed, join(again, plan.bundle.epilogue), strict=True):
+        w64 = dequantize(w).T if packed.across else dequantize(w)
+        x = torch.randn(5, w64.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+        what = packed.n, packed.k, packed.format.spec
+        if packed.across:
+            y = x @ ops.DEQUANTIZE(packed.parts, plan.layout, *what, dtype)
+            y = y if packed.perm is None else y[:, packed.perm]
+        else:
+            fed = x if packed.perm is None else x[:, packed.perm]
+            y = ops.GEMMS[plan.layout](fed, packed.parts, None, None, *what, "", plan.route)
         call = registry.Call(plan.layout, packed.format, packed.n, packed.k)
         rounding = registry.discover()[plan.pieces[0].kernel].rounding(call, dtype)
-        w64 = dequantize(w)
         y64 = x.double() @ w64.T
         worst = max(worst, float(((y.double() - y64).abs() / bound(y64, x.double(), w64, rounding)).max()))
     return worst

@@ -6,8 +6,6 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 from torch import nn
 
-from lqcompile.errors import Reason
-
 from .harness import Make, linear, rows
 
 
@@ -29,4 +27,3 @@ CASES: dict[str, Make] = {
     "4 bits rows": _with(4, 1, group=256),
     "4 bits viewed as float": _with(4, 1, dtype=torch.bfloat16, as_float=True),
 }
-KEPT = {name: Reason.GROUPS for name in CASES if "axis 0" in name}
