@@ -66,14 +66,13 @@ def run(
     other: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """y[m, n] = x[m, k] @ w[n, k].T + bias[n] and the call's epilogue into `out`, by way of the dense weight."""
-    w = dequantize(parts, call, x.dtype).t()
-    y = x.new_empty(x.shape[0], call.n) if call.epilogue else out
-    if bias is None:
-        torch.mm(x, w, out=y)
-    else:
-        torch.addmm(bias, x, w, out=y)
     if call.epilogue:
-        out.copy_(epilogues.finish(y, other, call.epilogue))
+        return epilogues.unfused(run, x, parts, bias, call, out, other)
+    w = dequantize(parts, call, x.dtype).t()
+    if bias is None:
+        torch.mm(x, w, out=out)
+    else:
+        torch.addmm(bias, x, w, out=out)
 
 
 def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:

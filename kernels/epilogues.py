@@ -7,9 +7,14 @@ add        y[m, n] = x w.T, rounded, + other[m, n], rounded: what two operations
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .registry import Call
 
 # By name what the CUDA kernels know each as.
 EPILOGUES = {"": 0, "silu_mul": 1, "add": 2}
@@ -34,6 +39,16 @@ def finish(y: Tensor, other: Tensor | None, epilogue: str) -> Tensor:
     gate, up = _pairs(y)
     # As the kernels do: in float32, rounded once.
     return (F.silu(gate.float()) * up.float()).to(y.dtype).flatten(1)
+
+
+def unfused(
+    run: Callable[..., None], x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor,
+    other: Tensor | None,
+) -> None:  # fmt: skip
+    """A call by `run`, which takes none with an epilogue: the product by itself, then what follows."""
+    y = x.new_empty(x.shape[0], call.n)
+    run(x, parts, bias, replace(call, epilogue=""), y)
+    out.copy_(finish(y, other, call.epilogue))
 
 
 def gradient(grad: Tensor, y: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from .passes.layer import Layer
 from .passes.plan import Packed
 from .passes.prove import Reader
 from .passes.recognise import LOW_BIT, Kept
+from .passes.verify import miswired
 from .prepare import run_once, tracing
 from .report import Report
 from .types import Decision, NearMiss, Where
@@ -261,14 +262,12 @@ class _Conversion:
 def _verify(packed: PackedLinear, x: Tensor, wanted: Tensor) -> None:
     """The weight is proved; this proves the wiring around it, on random rows. Raises Refused."""
     got = packed(x)
-    if got.shape != wanted.shape or got.dtype != wanted.dtype:
-        raise Refused(Reason.PASS_FAILED, f"{got.dtype} {tuple(got.shape)}, not {wanted.dtype} {tuple(wanted.shape)}")
-    finite = got.isfinite() & wanted.isfinite()
-    difference = (got.double() - wanted.double())[finite].norm()
-    # As in passes/verify.py: miswired, they differ by about the size of either; rounded, by 1 % of what is added up.
     added_up = x.double().norm() * packed.out_features**0.5 * packed.weight.float().square().mean().sqrt()
-    if not bool(difference <= 0.05 * wanted.double()[finite].norm() + 0.02 * added_up + 1e-6):
-        raise Refused(Reason.PASS_FAILED, f"differs from the original by {float(difference):.3g}")
+    wrong = miswired(got, wanted, added_up)
+    if got.dtype != wanted.dtype:
+        wrong = f"gives {got.dtype}, not {wanted.dtype}"
+    if wrong:
+        raise Refused(Reason.PASS_FAILED, wrong)
 
 
 class _Traced(Exception):

@@ -113,7 +113,7 @@ class Recogniser:
         misses: list[NearMiss] = []
         try:
             c = contraction(node)
-            if c is None and _is_ours(node):
+            if c is None and is_ours(node):
                 return Kept(where(node), node, Reason.PACKED, ())
             if c is None:
                 return Kept(where(node), node, Reason.FUSED, ()) if self._fused(node) else None
@@ -313,8 +313,8 @@ _BREAK = re.compile(r"torch_dynamo_resume_in_(\w+?)_at_(\d+)")
 _PACKED_MM = re.compile(r"_weight_int[48]pack_mm|_scaled_mm|_int_mm|_dyn_quant_matmul")
 
 
-def _is_ours(node: fx.Node) -> bool:
-    """Whether a node is our own matmul on a packed weight: that of a converted layer."""
+def is_ours(node: fx.Node) -> bool:
+    """Whether a node is our own matmul on a packed weight: one that was lowered, or that of a converted layer."""
     namespace, _, name = qualified_name(node).partition("::")
     return namespace == "lq" and name.endswith("_gemm")
 

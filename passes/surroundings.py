@@ -17,12 +17,12 @@ from ..errors import Reason, Refused
 from ..kernels.layout import LAYOUTS
 from ..types import Decision, Step
 from . import advice
-from .canonicalize import contraction
+from .canonicalize import contraction, qualified_name
 from .constants import Constants, fake_value, storage_of, target_name, written
 from .lower import Lowered
 from .pipeline import Outcome
 from .plan import Plan
-from .recognise import ACTIVATION, LOW_BIT, Kept, Match
+from .recognise import ACTIVATION, LOW_BIT, Kept, Match, is_ours
 from .whereabouts import where
 
 MOST = 48
@@ -359,7 +359,6 @@ def _gone(nodes: Sequence[fx.Node], match: Match, lowered: Lowered) -> set[fx.No
 
 def _made_by(node: fx.Node, emitted: bool) -> str:
     """The role of a new node: our own op multiplies by a packed weight, or makes the dense one for torch's to do so."""
-    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lq"
-    if ours and target_name(node).startswith("dequantize"):
+    if qualified_name(node) == "lq::dequantize":
         return "constant"
-    return "matmul" if ours or (emitted and target_name(node) in ("matmul", "mv")) else "activation"
+    return "matmul" if is_ours(node) or (emitted and target_name(node) in ("matmul", "mv")) else "activation"

@@ -77,17 +77,23 @@ def _probe(
         with _autocast_of(plan):
             before = _run(module, between, old)
         after = _run(lowered.module, nodes, new)
-        # Miswired, they differ by about the size of either; rounded, by 1 % of what is added up to give them.
         added_up = x.double().norm() * sum(_squares(m) / max(m.recovered.k, 1) for m in bundle.matches) ** 0.5
         for output, result in zip(bundle.outputs, results, strict=True):
-            wanted, got = before[output], after[result]
-            if got.shape != wanted.shape:
-                raise Broken(plan, f"the lowered matmul gives {tuple(got.shape)}, not {tuple(wanted.shape)}")
-            # Half precision may overflow, in either: that is no matter of wiring.
-            finite = got.isfinite() & wanted.isfinite()
-            difference = (got.double() - wanted.double())[finite].norm()
-            if not bool(difference <= 0.05 * wanted.double()[finite].norm() + 0.02 * added_up + 1e-6):
-                raise Broken(plan, f"the lowered matmul differs from the original by {float(difference):.3g}")
+            wrong = miswired(after[result], before[output], added_up)
+            if wrong:
+                raise Broken(plan, f"the lowered matmul {wrong}")
+
+
+def miswired(got: Tensor, wanted: Tensor, added_up: Tensor) -> str:
+    """How a result is not the one that it stands for, "" where it is; `added_up` is the size of what gives it."""
+    if got.shape != wanted.shape:
+        return f"gives {tuple(got.shape)}, not {tuple(wanted.shape)}"
+    # Half precision may overflow, in either: that is no matter of wiring.
+    finite = got.isfinite() & wanted.isfinite()
+    difference = (got.double() - wanted.double())[finite].norm()
+    # Miswired, they differ by about the size of either; rounded, by 1 % of what is added up to give them.
+    right = bool(difference <= 0.05 * wanted.double()[finite].norm() + 0.02 * added_up + 1e-6)
+    return "" if right else f"differs from the original by {float(difference):.3g}"
 
 
 def _squares(match: Match) -> float:
