@@ -85,20 +85,20 @@ def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
 
 
 def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
-    f, planes = problem.format, len(LAYOUTS[layout].widths(problem.format))
+    f, planes, start = problem.format, len(LAYOUTS[layout].widths(problem.format)), device.launch
     if (layout, device.kind) not in FAST:
         each = (PLANE[f.form] * planes + SCALED) / device.rate
     elif device.kind == "cpu":
         each = UNPACKED[problem.x_dtype.itemsize == 2] * (1.2 if f.form == "table" else 1.0) / device.rate
     else:
         # Codes are read, the dense weight is written; planes take arithmetic.
-        start, times = STARTS[layout]
+        more, times = STARTS[layout]
+        start += more
         each = times * (f.bits / 8 + problem.x_dtype.itemsize) / device.bandwidth
         if layout == "lut":
             once, plane = PLANES[f.form]
             each = max(each, (once + plane * f.bits) / device.processors)
-        each += start / (problem.n * problem.k)
-    return device.launch + each * problem.n * problem.k + cost.dense(problem, device)
+    return start + each * problem.n * problem.k + cost.dense(problem, device)
 
 
 # Operations of a dense float32 matmul in the time that it takes to dequantize a weight on one core with AMX: by torch

@@ -12,7 +12,7 @@ from lqcompile import config, cost
 from lqcompile import device as machine
 from lqcompile.device import Device
 from lqcompile.errors import ArgumentError
-from lqcompile.kernels import quick, quick_batch
+from lqcompile.kernels import quick, quick_batch, registry
 from lqcompile.kernels.build import has_nvrtc
 from lqcompile.kernels.registry import Call
 from lqcompile.passes.plan import Planner
@@ -122,3 +122,13 @@ def test_a_cpu_multiplies_types_of_16_bits_at_a_rate_of_their_own():
         )
         seconds[dtype] = cost.sample(cost.dense(problem, device), [1024])[0]
     assert seconds[torch.float32] > 5 * seconds[torch.bfloat16] == 5 * seconds[torch.float16]
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 128), (64, 0)])
+@pytest.mark.parametrize("arch", ["sm_90", "cpu"])
+def test_an_empty_weight_has_a_price(n, k, arch):
+    device, int4 = Device.of("cpu") if arch == "cpu" else Device.null(arch), Format("affine", 4, 64, "int", "float16")
+    for kernel in registry.discover().values():
+        for layout in kernel.layouts if device.kind in kernel.devices else ():
+            empty = Problem(M, (1, 1), n, k, int4, torch.float16, torch.device(device.kind))
+            assert 0 < cost.sample(kernel.seconds(empty, layout, device), [1])[0] < 1e-3
