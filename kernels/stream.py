@@ -139,6 +139,11 @@ def span_of(call: Call) -> int:
     return span - (span >> 31 << 32)
 
 
+def at_once(split: int, sms: int) -> int:
+    """How many clusters of `split` thread blocks run at once."""
+    return int(sms * next(usable for size, usable, _ in CLUSTERS if size == split)) // split
+
+
 @functools.lru_cache(maxsize=4096)
 def cut(kind: type[Shape], call: Call, x_dtype: torch.dtype, rows: int, gpu: tuple[int, int, bool]) -> Cut | None:
     """The best way to spread a call on a GPU of so many multiprocessors, bytes of shared memory, and with clusters.
