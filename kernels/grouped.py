@@ -38,8 +38,8 @@ def seconds(kernel: Kernel, problem: Problem, experts: int, layout: str, device:
     """Predicted time of problem.m rows spread evenly, in all; n and k are of one expert."""
     if device.kind != "cpu" and kernel.grouped is not None:
         return kernel.grouped.seconds(problem, experts, layout, device)
-    each = kernel.seconds(problem, layout, device)
-    return sympy.Min(experts, problem.m) * sympy.sympify(each).subs(problem.m, sympy.ceiling(problem.m / experts))
+    each = sympy.sympify(kernel.seconds(problem, layout, device)).subs(problem.m, sympy.ceiling(problem.m / experts))
+    return device.launch + sympy.Min(experts, problem.m) * (each - device.launch)
 
 
 def of_expert(parts: Sequence[Tensor], expert: int, experts: int) -> list[Tensor]:

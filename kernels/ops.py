@@ -248,8 +248,8 @@ def _check_grouped(x: Tensor, parts: Sequence[Tensor], ends: Tensor, call: Call)
     """As `_check`, of the weights of many experts, `call` being that of one. Returns the shape of y."""
     if call.n % grouped.MULTIPLE:
         raise ArgumentError("n", call.n, f"a multiple of {grouped.MULTIPLE}")
-    if ends.ndim != 1 or ends.dtype != torch.int32 or not len(ends) or not ends.is_contiguous():
-        raise ArgumentError("ends", f"{ends.dtype} {tuple(ends.shape)}", "torch.int32 [experts], contiguous")
+    if ends.ndim != 1 or ends.dtype != torch.int32 or not len(ends):
+        raise ArgumentError("ends", f"{ends.dtype} {tuple(ends.shape)}", "torch.int32 [experts]")
     if x.ndim != 2:
         raise ArgumentError("x.shape", tuple(x.shape), f"[m, {call.k}]")
     if ends.device != x.device:
@@ -271,7 +271,7 @@ def _run_grouped(x: Tensor, parts: Sequence[Tensor], ends: Tensor, call: Call, r
     refusal = grouped.refusal(kernel, call, x.dtype, x.device.type)
     if refusal is not None or "/" in route:
         raise ArgumentError("route", route, f"for experts of {call} on {x.device}: {refusal or 'one layout'}")
-    x = x.contiguous()
+    x, ends = x.contiguous(), ends.contiguous()
     if kernel.grouped is not None and x.device.type != "cpu":
         kernel.grouped.run(x, parts, ends, call, y)
     else:
