@@ -6,13 +6,21 @@ struct Pass {
     int expert, first, rows;
 };
 
+// Read where it stands: what the kernel before wrote, not what the compiler would fetch ahead of it.
+__device__ __forceinline__ int read_now(const int* at) {
+    int v;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+
 // How many passes there are in all; `pass` becomes number `wanted` of them, where there is one. `ends` [experts]: where the
 // rows of each expert end. Ends that do not ascend, or lie beyond m, make no row that x does not have. By whole warps.
-__device__ __forceinline__ int find_pass(Pass& pass, const int* __restrict__ ends, int experts, int m, int wanted, int lane) {
+__device__ __forceinline__ int find_pass(Pass& pass, const int* ends, int experts, int m, int wanted, int lane) {
     int before = 0;
+#pragma unroll 1
     for (int base = 0; base < experts; base += 32) {
-        const int e = base + lane, begin = e > 0 && e < experts ? min(max(ends[e - 1], 0), m) : 0;
-        const int end = e < experts ? min(max(ends[e], begin), m) : begin, own = (end - begin + ROWS - 1) / ROWS;
+        const int e = base + lane, begin = e > 0 && e < experts ? min(max(read_now(ends + e - 1), 0), m) : 0;
+        const int end = e < experts ? min(max(read_now(ends + e), begin), m) : begin, own = (end - begin + ROWS - 1) / ROWS;
         int sum = own;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {

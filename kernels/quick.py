@@ -58,6 +58,11 @@ class Experts(Shape):
 
     ENTRY: ClassVar[str] = "quick_grouped"
 
+    @staticmethod
+    def warps_of(format: Format, rows: int, groups: int) -> int:
+        # Beside zeros that take registers of their own, those of the shares would spill.
+        return 8 if format.zero == "float" and rows == 8 else Shape.warps_of(format, rows, groups)
+
     @property
     def defines(self) -> build.Defines:
         return (*super().defines, ("LQ_GROUPED", 1))

@@ -107,13 +107,14 @@ template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)
 
 // As many blocks as run at once share the passes of all experts that have rows. `ends` [experts]: where each one's rows end.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-quick_grouped(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const int* __restrict__ ends, u16* __restrict__ y, int experts, int m,
+quick_grouped(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const int* ends, u16* __restrict__ y, int experts, int m,
               int n, int k, int tiles, int range, int groups, u32 span, int wide) {
     const int lane = threadIdx.x & 31, height = n / 32, outputs = EPILOGUE == SILU_MUL ? n / 2 : n;
     const u64 blocks = (u64)height * ((k + 127) / 128), rows = (u64)height * groups;
     wait_for_previous();
     Pass pass;
     const Shares shares = shared_out(find_pass(pass, ends, experts, m, -1, lane), height, gridDim.y, tiles);
+#pragma unroll 1
     for (int i = blockIdx.y; i < shares.count; i += gridDim.y) {
         find_pass(pass, ends, experts, m, i / shares.each, lane);
         const u64 e = pass.expert;
