@@ -291,8 +291,9 @@ def _define_grouped() -> Any:
         return _call(layout, format, n, k, epilogue)
 
     def run(
-        x: Tensor, parts: list[Tensor], ends: Tensor, layout: str, n: int, k: int, format: str, epilogue: str, route: str
-    ) -> Tensor:
+        x: Tensor, parts: list[Tensor], ends: Tensor, layout: str, n: int, k: int, format: str, epilogue: str,
+        route: str,
+    ) -> Tensor:  # fmt: skip
         call = call_of(layout, n, k, format, epilogue)
         y = x.new_empty(_check_grouped(x, parts, ends, call))
         if y.numel():
@@ -300,8 +301,9 @@ def _define_grouped() -> Any:
         return y
 
     def fake(
-        x: Tensor, parts: list[Tensor], ends: Tensor, layout: str, n: int, k: int, format: str, epilogue: str, route: str
-    ) -> Tensor:
+        x: Tensor, parts: list[Tensor], ends: Tensor, layout: str, n: int, k: int, format: str, epilogue: str,
+        route: str,
+    ) -> Tensor:  # fmt: skip
         parse_route(route)
         return x.new_empty(_check_grouped(x, parts, ends, call_of(layout, n, k, format, epilogue)))
 

@@ -28,9 +28,9 @@ def dense(problem: Problem, device: Device, experts: int = 1) -> sympy.Expr:
     Of several `experts`, n and k being those of one, as many weights are read as there may be rows for.
     """
     if experts > 1:
-        one = dataclasses.replace(problem, m=sympy.ceiling(problem.m / experts))
-        start = device.launch + CUBLAS[0] if device.kind == "cuda" else device.launch
-        return start + sympy.Min(experts, problem.m) * (dense(one, device) - start)
+        share = dataclasses.replace(problem, m=sympy.ceiling(problem.m / experts))
+        once = device.launch + CUBLAS[0] if device.kind == "cuda" else device.launch
+        return once + sympy.Min(experts, problem.m) * (dense(share, device) - once)
     size, bytes = problem.n * problem.k, problem.x_dtype.itemsize
     read, work = size * bytes / device.bandwidth, 2.0 * problem.m * size / device.rate_of(problem.x_dtype)
     if device.kind == "cpu":

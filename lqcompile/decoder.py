@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from .quantize import QuantLinear, quantize
 
-
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -134,7 +133,7 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """A linear layer for each expert, stacked as [experts * n, k]: row r of x by that of the expert whose rows it is in.
+    """A linear layer for each expert, stacked as [experts * n, k]: x stands expert by expert.
 
     Expert e's rows end at ends[e]; int32 [experts].
     """
@@ -305,8 +304,8 @@ def weight_bytes(model: Decoder, tokens: int = 1) -> int:
 
     Of experts as many as even routing chooses on average.
     """
-    tensors = model.state_dict()
-    return round(sum(share(model, name, tokens) * t.nbytes for name, t in tensors.items() if name != "embedding.weight"))
+    tensors = {name: t for name, t in model.state_dict().items() if name != "embedding.weight"}
+    return round(sum(share(model, name, tokens) * t.nbytes for name, t in tensors.items()))
 
 
 def share(model: Decoder, name: str, tokens: int) -> float:

@@ -86,8 +86,8 @@ def _head(document: dict[str, Any], shape: decoder.Shape) -> list[tuple[str, str
         f"{document['device']['name']}, torch {document['torch']}, {document['date']}",
         f"{document['model']}: {shape.experts} of {shape.hidden} x {shape.intermediate}, {shape.top} for each token; "
         f"weights: {document['bits']} bits {document['method']}, groups of {document['group']}, random",
-        f"{INPUTS} batches in turns, each with its own routing; dense: torch._grouped_mm on bfloat16; error: of the output,"
-        " against float32, and what is allowed",
+        f"{INPUTS} batches in turns, each with its own routing; dense: torch._grouped_mm on bfloat16; medians",
+        "error: of the output, against float32, and what is allowed",
         f"light: of the experts that are routed to; {document['light']}",
     ]
     return [("dim", text) for text in lines]
@@ -124,8 +124,8 @@ def _measured(
         bytes = round((rows[i].weight_bytes or 0) * read)
         if bytes not in lights:
             lights[bytes] = _light(timer, bytes)
-        measured = {"seconds": s.median, "least": s.least, "most": s.most, "samples": s.count}
-        rows[i] = dataclasses.replace(rows[i], **measured, weight_bytes=bytes, light=lights[bytes])
+        timed = dataclasses.replace(rows[i], seconds=s.median, least=s.least, most=s.most, samples=s.count)
+        rows[i] = dataclasses.replace(timed, weight_bytes=bytes, light=lights[bytes])
     show([*(line(row) for row in rows), ("dim", f"experts read, on average: {read * shape.experts:.1f}")])
     return rows
 
@@ -168,8 +168,8 @@ def _compiled(
     if reports:
         found, layers = Report.merged(reports), sum(isinstance(m, QuantLinear) for m in layer.modules())
         note = f"{found.rewritten} of {layers} matmuls rewritten" if found.rewritten < layers else row.note
-        counts = {"quantized": layers, "rewritten": found.rewritten}
-        row = dataclasses.replace(row, weight_bytes=found.bytes_after or held, note=note, **counts)
+        row = dataclasses.replace(row, note=note, quantized=layers, rewritten=found.rewritten)
+        row = dataclasses.replace(row, weight_bytes=found.bytes_after or held)
     return row, compiled
 
 

@@ -207,11 +207,11 @@ def _silu_mul(group: Sequence[Match], constants: Constants) -> Bundle | None:
 
 
 def _add(group: Sequence[Match], constants: Constants, taken: set[fx.Node]) -> Bundle | None:
-    if len(group) != 1:
+    if len(group) != 1 or group[0].contraction.ends is not None:
         return None
     match = group[0]
     add = _only_user(match.output, "add")
-    if match.contraction.ends is not None or add is None or add in taken or len(add.args) != 2 or not _stays(match, add, constants):
+    if add is None or add in taken or len(add.args) != 2 or not _stays(match, add, constants):
         return None
     other = next((a for a in add.args if a is not match.output), None)
     if not isinstance(other, fx.Node) or not _alike(other, match.output) or not _alike(add, match.output):

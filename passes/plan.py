@@ -138,7 +138,8 @@ class Choice:
         """The pieces as the custom op of the first one's layout takes them (see ops.py), with `times` as many rows."""
         first, last = self.pieces[0], self.pieces[-1]
         ways = [p.kernel if p.layout == first.layout else f"{p.kernel}/{p.layout}" for p in self.pieces]
-        return ",".join(w if p is last else f"{w}@{times * (p.high or 0)}" for w, p in zip(ways, self.pieces, strict=True))
+        most = [p.high and p.high * times for p in self.pieces]
+        return ",".join(w if p is last else f"{w}@{m}" for w, p, m in zip(ways, self.pieces, most, strict=True))
 
 
 class Planner:
@@ -341,15 +342,13 @@ def _candidates(problem: Problem, formats: Sequence[Format], device: Device, lay
 
 
 def _expert_candidates(problem: Problem, experts: int, device: Device) -> list[Candidate]:
-    """Each kernel in each of its layouts that runs rows by the weights of their experts; problem.m are the rows of all."""
+    """Each kernel in each of its layouts that multiplies rows by weights of experts; problem.m are the rows of all."""
     return [
         Candidate(kernel.name, name, grouped.seconds(kernel, problem, experts, name, device))
         for kernel in registry.discover().values()
         for name in kernel.layouts
         if problem.format.form in LAYOUTS[name].forms
-        and grouped.refusal(
-            kernel, Call(name, problem.format, problem.n, problem.k), problem.x_dtype, device.kind
-        )
+        and grouped.refusal(kernel, Call(name, problem.format, problem.n, problem.k), problem.x_dtype, device.kind)
         is None
     ]
 

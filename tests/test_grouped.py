@@ -7,6 +7,7 @@ import math
 from random import Random
 
 import pytest
+import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,12 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import lqcompile
+from lqcompile import cost, profile
 from lqcompile.decoder import SHAPES, Experts, Mixture, made
 from lqcompile.errors import ArgumentError, Reason
 from lqcompile.kernels import grouped, ops, registry
 from lqcompile.kernels.layout import LAYOUTS
 from lqcompile.kernels.registry import X_DTYPES, Call
-from lqcompile.types import QWeight
+from lqcompile.types import Format, Problem, QWeight
 
 from .conftest import NO_CUDA
 from .test_formats import SEEDS
@@ -102,7 +104,7 @@ def kernel_of(device) -> str:
 
 def test_an_expert_without_rows_is_not_read(device):
     """Poison in its scales would show."""
-    w, parts, call = simple(device)
+    _, parts, call = simple(device)
     x = torch.randn(7, call.k, device=device).bfloat16()
     ends = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device=device)
     wanted = run(x, parts, ends, call, kernel_of(device))
@@ -360,11 +362,6 @@ def test_a_mixture_is_that_of_transformers():
 
 
 def test_costs_grow_with_rows_and_with_experts(device):
-    from lqcompile import cost, profile
-    from lqcompile.types import Format, Problem
-
-    import sympy
-
     m, found = sympy.Symbol("m", positive=True, integer=True), profile.of(device)
     problem = Problem(m, (1, 4096), 4096, 4096, Format("affine", 4, 128, "int", "bfloat16"), torch.bfloat16, device)
     for kernel in registry.discover().values():
