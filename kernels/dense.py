@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import sympy
 import torch
@@ -13,7 +14,7 @@ from ..formats import UNIT_ROUNDOFF, code_range
 from ..types import Problem, Rounding
 from . import epilogues
 from .layout import LAYOUTS
-from .registry import Call, Kernel, discover, register
+from .registry import Call, Grouped, Kernel, discover, register
 
 # By layout and device type: a kernel that makes the dense weight, or None where it does not take the call.
 FAST: dict[tuple[str, str], Callable[[Sequence[torch.Tensor], Call, torch.dtype], torch.Tensor | None]] = {}
@@ -101,6 +102,28 @@ def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     return start + each * problem.n * problem.k + cost.dense(problem, device)
 
 
+def _experts(x: torch.Tensor, parts: Sequence[torch.Tensor], ends: torch.Tensor, call: Call, out: torch.Tensor) -> None:
+    """By way of the dense weights of all experts and torch's grouped matmul, which does not wait for `ends` here."""
+    w = dequantize(parts, replace(call, n=len(ends) * call.n), x.dtype).view(len(ends), call.n, call.k)
+    y = torch._grouped_mm(x, w.transpose(1, 2), offs=ends)
+    out.copy_(epilogues.finish(y, None, call.epilogue) if call.epilogue else y)
+
+
+def _accepts_experts(call: Call, x_dtype: torch.dtype) -> str | None:
+    # Where torch has no kernel of its own for experts, it reads their ends on the CPU.
+    return None if x_dtype == torch.bfloat16 and call.k % 8 == 0 else "experts by x of bfloat16, k a multiple of 8"
+
+
+def _experts_seconds(problem: Problem, experts: int, layout: str, device: Device) -> sympy.Expr:
+    """The dense weights of all experts are made; those of experts that have rows are read again."""
+    f, bytes, m = problem.format, problem.x_dtype.itemsize, problem.m
+    each = problem.n * problem.k / device.bandwidth
+    read = sympy.Min(experts, m) * cost.CUBLAS[1] * bytes * each
+    work = 2.0 * m * problem.n * problem.k / device.rate_of(problem.x_dtype)
+    starts = 2 * device.launch + STARTS[layout][0] + cost.CUBLAS[0]
+    return starts + experts * (f.bits / 8 + bytes) * each + sympy.Max(read, work, evaluate=False)
+
+
 # Operations of a dense float32 matmul in the time that it takes to dequantize a weight on one core with AMX: by torch
 # for each plane and once; by dense.cpp to float32, and to 16 bits.
 PLANE, SCALED = {"affine": 530.0, "binary": 650.0, "table": 600.0}, 190.0
@@ -121,5 +144,6 @@ register(
         accepts=_accepts,
         rounding=_rounding,
         seconds=_seconds,
+        grouped=Grouped(_experts, _accepts_experts, _experts_seconds),
     )
 )

@@ -1,11 +1,12 @@
-"""The custom ops: lq::lut_gemm and lq::quick_gemm, their checks, gradients and Inductor lowering.
+"""The custom ops: lq::lut_gemm, lq::quick_gemm and lq::grouped_gemm, their checks, gradients and Inductor lowering.
 
     y[..., n] = x[..., k] @ w[n, k].T + bias[n]        x float16 | bfloat16 | float32, y of x's dtype
 
 `epilogue` is "", "silu_mul", which leaves n/2 columns, or "add", which adds `other` [..., n] (see epilogues.py).
 `parts` hold w as the op's layout stores `format`; `route` names the kernel for each range of m, the product of x's
 leading sizes: "lut@8,dense" is `lut` up to m = 8 and `dense` above. "lut@8,quick/quick" reads another copy of w above,
-in layout `quick`, whose parts follow those of the op's own. The overload name is the version of the ops' meaning:
+in layout `quick`, whose parts follow those of the op's own. grouped_gemm has a weight for each expert, and `ends` says
+which rows of x are whose (see grouped.py). The overload name is the version of the ops' meaning:
 Inductor's caches know an op by its name alone, so a change of meaning needs a new one.
 """
 
@@ -22,7 +23,7 @@ from torch.library import Library
 
 from ..errors import ArgumentError
 from ..types import Format
-from . import epilogues, registry
+from . import epilogues, grouped, registry
 from .dense import dequantize as _dequantize
 from .layout import LAYOUTS, check_parts
 from .registry import X_DTYPES, Call
@@ -137,11 +138,19 @@ def _run(
             refusal = _refusal(kernel, call, x.dtype, x.device.type)
             if refusal is not None:
                 raise ArgumentError("route", route, f"for {call} on {x.device}, kernel {kernel.name}: {refusal}")
-            if call.epilogue in kernel.epilogues:
-                return kernel.run(x, parts, bias, call, out, other)
-            if not call.epilogue:
-                return kernel.run(x, parts, bias, call, out)
-            return epilogues.unfused(kernel.run, x, parts, bias, call, out, other)
+            return _by(kernel, x, parts, bias, call, out, other)
+
+
+def _by(
+    kernel: registry.Kernel, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor,
+    other: Tensor | None = None,
+) -> None:  # fmt: skip
+    if call.epilogue in kernel.epilogues:
+        kernel.run(x, parts, bias, call, out, other)
+    elif not call.epilogue:
+        kernel.run(x, parts, bias, call, out)
+    else:
+        epilogues.unfused(kernel.run, x, parts, bias, call, out, other)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -235,8 +244,81 @@ def _define_dequantize() -> Any:
     return op
 
 
+def _check_grouped(x: Tensor, parts: Sequence[Tensor], ends: Tensor, call: Call) -> tuple[int | torch.SymInt, int]:
+    """As `_check`, of the weights of many experts, `call` being that of one. Returns the shape of y."""
+    if call.n % grouped.MULTIPLE:
+        raise ArgumentError("n", call.n, f"a multiple of {grouped.MULTIPLE}")
+    if ends.ndim != 1 or ends.dtype != torch.int32 or not len(ends):
+        raise ArgumentError("ends", f"{ends.dtype} {tuple(ends.shape)}", "torch.int32 [experts]")
+    if x.ndim != 2:
+        raise ArgumentError("x.shape", tuple(x.shape), f"[m, {call.k}]")
+    if ends.device != x.device:
+        raise ArgumentError("ends.device", ends.device, f"{x.device}, where x is")
+    if call.epilogue == "add":
+        raise ArgumentError("epilogue", call.epilogue, "'' | 'silu_mul' for experts")
+    whole = replace(call, n=len(ends) * call.n, epilogue="")
+    _check(x, parts, None, None, whole, "dense")
+    if call.epilogue:
+        _check(x.new_empty((0, call.k)), grouped.of_expert(parts, 0, len(ends)), None, None, call, "dense")
+    return x.shape[0], epilogues.outputs(call.epilogue, call.n)
+
+
+def _run_grouped(x: Tensor, parts: Sequence[Tensor], ends: Tensor, call: Call, route: str, y: Tensor) -> None:
+    if call.k == 0:
+        y.zero_()
+        return
+    kernel = next(kernel for limit, kernel, _ in parse_route(route) if limit is None or x.shape[0] <= limit)
+    refusal = grouped.refusal(kernel, call, x.dtype, x.device.type)
+    if refusal is not None or "/" in route:
+        raise ArgumentError("route", route, f"for experts of {call} on {x.device}: {refusal or 'one layout'}")
+    x, ends = x.contiguous(), ends.contiguous()
+    if kernel.grouped is not None and x.device.type != "cpu":
+        kernel.grouped.run(x, parts, ends, call, y)
+    else:
+        grouped.one_by_one(functools.partial(_by, kernel), x, parts, ends, call, y)
+
+
+def _define_grouped() -> Any:
+    LIBRARY.define(
+        f"grouped_gemm.{VERSION}(Tensor x, Tensor[] parts, Tensor ends, str layout, int n, int k, str format,"
+        " str epilogue, str route) -> Tensor"
+    )
+    op = getattr(torch.ops.lq.grouped_gemm, VERSION)
+
+    def call_of(layout: str, n: int, k: int, format: str, epilogue: str) -> Call:
+        if layout not in LAYOUTS:
+            raise ArgumentError("layout", layout, " | ".join(LAYOUTS))
+        return _call(layout, format, n, k, epilogue)
+
+    def run(
+        x: Tensor, parts: list[Tensor], ends: Tensor, layout: str, n: int, k: int, format: str, epilogue: str,
+        route: str,
+    ) -> Tensor:  # fmt: skip
+        call = call_of(layout, n, k, format, epilogue)
+        y = x.new_empty(_check_grouped(x, parts, ends, call))
+        if y.numel():
+            _run_grouped(x, parts, ends, call, route, y)
+        return y
+
+    def fake(
+        x: Tensor, parts: list[Tensor], ends: Tensor, layout: str, n: int, k: int, format: str, epilogue: str,
+        route: str,
+    ) -> Tensor:  # fmt: skip
+        parse_route(route)
+        return x.new_empty(_check_grouped(x, parts, ends, call_of(layout, n, k, format, epilogue)))
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError("lq::grouped_gemm has no gradient: run it under torch.no_grad()")
+
+    LIBRARY.impl(f"grouped_gemm.{VERSION}", run, "CompositeExplicitAutograd")
+    torch.library.register_fake(op, fake, lib=LIBRARY)
+    torch.library.register_autograd(op, backward, lib=LIBRARY)
+    return op
+
+
 GEMMS = {layout: _define(layout) for layout in LAYOUTS}
 DEQUANTIZE = _define_dequantize()
+GROUPED = _define_grouped()
 
 
 @functools.cache

@@ -102,8 +102,30 @@ template <int N> __device__ __forceinline__ void flush(float* slot, float (&sum)
 
 #include "stream.cuh"
 
+#if LQ_GROUPED
+#include "experts.cuh"
+
+// As many blocks as run at once share the passes of all experts that have rows. `ends` [experts]: where each one's rows end.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+quick_grouped(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const int* ends, u16* __restrict__ y, int experts, int m,
+              int n, int k, int tiles, int range, int groups, u32 span, int wide) {
+    const int lane = threadIdx.x & 31, height = n / 32, outputs = EPILOGUE == SILU_MUL ? n / 2 : n;
+    const u64 blocks = (u64)height * ((k + 127) / 128), rows = (u64)height * groups;
+    wait_for_previous();
+    Pass pass;
+    const Shares shares = shared_out(find_pass(pass, ends, experts, m, -1, lane), height, gridDim.y, tiles);
+#pragma unroll 1
+    for (int i = blockIdx.y; i < shares.count; i += gridDim.y) {
+        find_pass(pass, ends, experts, m, i / shares.each, lane);
+        const u64 e = pass.expert;
+        stream_gemm(x + (u64)pass.first * k, planes + e * blocks * (SLABS * 512), coef + e * rows * COEF_ROW, zero + e * rows * ZERO_ROW, nullptr, nullptr,
+                    nullptr, y + (u64)pass.first * outputs, pass.rows, n, k, shares.tiles, i % shares.each * shares.tiles, range, groups, span, wide);
+    }
+}
+#else
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 quick_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table, const u16* __restrict__ bias, const u16* __restrict__ other,
            u16* __restrict__ y, int m, int n, int k, int tiles, int range, int groups, u32 span, int wide) {
-    stream_gemm(x, planes, coef, zero, table, bias, other, y, m, n, k, tiles, range, groups, span, wide);
+    stream_gemm(x, planes, coef, zero, table, bias, other, y, m, n, k, tiles, blockIdx.y * tiles, range, groups, span, wide);
 }
+#endif

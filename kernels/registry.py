@@ -41,6 +41,20 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
+class Grouped:
+    """How a kernel multiplies each row of x by the weight of its own expert, on a GPU and without a look at `ends`.
+
+    run(x, parts, ends, call, out)             as grouped.py tells; `call` is of one expert, with its epilogue
+    accepts(call, x_dtype)                     None, or the sentence that says what it does not accept
+    seconds(problem, experts, layout, device)  predicted time, a sympy expression in problem.m, the rows of all
+    """
+
+    run: Callable[..., None]
+    accepts: Callable[[Call, torch.dtype], str | None]
+    seconds: Callable[[Problem, int, str, Device], sympy.Expr]
+
+
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One way to run a packed matmul.
 
@@ -49,6 +63,7 @@ class Kernel:
     accepts(call, x_dtype, device)   None, or the sentence that says what it does not accept
     rounding(call, x_dtype)          the unit roundoffs from which every test derives its bound
     seconds(problem, layout, device) predicted time, a sympy expression in problem.m
+    grouped                          the same for the weights of many experts, None where it takes one at a time
     """
 
     name: str
@@ -60,6 +75,7 @@ class Kernel:
     rounding: Callable[[Call, torch.dtype], Rounding]
     seconds: Callable[[Problem, str, Device], sympy.Expr]
     epilogues: tuple[str, ...] = ()
+    grouped: Grouped | None = None
     deterministic: bool = True
     batch_invariant: bool = False
 

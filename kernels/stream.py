@@ -139,6 +139,11 @@ def span_of(call: Call) -> int:
     return span - (span >> 31 << 32)
 
 
+def at_once(split: int, sms: int) -> int:
+    """How many clusters of `split` thread blocks run at once."""
+    return int(sms * next(usable for size, usable, _ in CLUSTERS if size == split)) // split
+
+
 @functools.lru_cache(maxsize=4096)
 def cut(kind: type[Shape], call: Call, x_dtype: torch.dtype, rows: int, gpu: tuple[int, int, bool]) -> Cut | None:
     """The best way to spread a call on a GPU of so many multiprocessors, bytes of shared memory, and with clusters.
@@ -277,14 +282,19 @@ class Cost:
     tile: float = 0.0
     plane: float = 0.0
 
+    def work(self, problem: Problem, layout: str, device: Device) -> float:
+        """Seconds of all but the start."""
+        f = problem.format
+        read = LAYOUTS[layout].packed_bytes(f, problem.n, problem.k, "cuda") / device.bandwidth
+        tiles = -(-problem.n // 32) * -(-problem.k // 128) / device.processors
+        planes = tiles * f.bits * ((groups_of(f, problem.k) or 1) - 1)
+        return read * self.times + tiles * self.tile + planes * self.plane
+
 
 def seconds(costs: Sequence[Cost], problem: Problem, layout: str, device: Device) -> sympy.Expr:
     """The time of a launch as one of `costs` has it; beyond the last, of several such launches."""
-    m, f = problem.m, problem.format
-    read = LAYOUTS[layout].packed_bytes(f, problem.n, problem.k, "cuda") / device.bandwidth
-    tiles = -(-problem.n // 32) * -(-problem.k // 128) / device.processors
-    planes = tiles * f.bits * ((groups_of(f, problem.k) or 1) - 1)
-    pieces = [(device.launch + c.start + read * c.times + tiles * c.tile + planes * c.plane, m <= c.m) for c in costs]
+    m = problem.m
+    pieces = [(device.launch + c.start + c.work(problem, layout, device), m <= c.m) for c in costs]
     return sympy.Piecewise(*pieces, (sympy.ceiling(m / costs[-1].m) * pieces[-1][0], True))
 
 

@@ -202,6 +202,7 @@ class _Held:
     packed: tuple[Packed, ...]
     bias: Tensor | None
     epilogue: str
+    experts: bool
     recovered: list[Recovered]
     where: list[list[int]]
     biases: list[Tensor | None]
@@ -215,6 +216,7 @@ class _Held:
             plan.packed,
             plan.bias,
             plan.bundle.epilogue,
+            plan.experts > 0,
             [m.recovered for m in matches],
             [[place.get(n, -1) for n in m.source_nodes] for m in matches],
             [None if bias is None else values[bias] for bias in taken],
@@ -234,7 +236,7 @@ class _Held:
 
         given = zip(self.recovered, self.where, strict=True)
         fresh, biases = [r.again(now(where, r.sources)) for r, where in given], now(self.bias_at, self.biases)
-        weights = join(fresh, self.epilogue)
+        weights = join(fresh, self.epilogue, self.experts)
         if any(r.across != self.recovered[0].across for r in fresh):
             return False
         if not all(p.update(w) for p, w in zip(self.packed, weights, strict=True)):

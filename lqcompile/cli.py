@@ -70,9 +70,11 @@ def _bench(given: argparse.Namespace) -> int:
     from . import bench, request
     from .errors import ArgumentError
 
-    mode = next((name for name in ("model", "transformers") if getattr(given, name) is not None), "matmuls")
-    if given.model is not None and given.transformers is not None:
-        raise ArgumentError("--transformers", given.transformers, "one of --model and --transformers")
+    asked = [name for name in ("model", "moe", "transformers") if getattr(given, name) is not None]
+    mode = asked[0] if asked else "matmuls"
+    if len(asked) > 1:
+        both = " and ".join(f"--{name}" for name in asked)
+        raise ArgumentError(f"--{asked[1]}", getattr(given, asked[1]), f"one of {both}")
     known = {name for _, name, *_ in BENCH[mode]}
     for option, name, *_ in itertools.chain.from_iterable(BENCH.values()):
         if name not in known and getattr(given, name) is not None:
@@ -83,8 +85,10 @@ def _bench(given: argparse.Namespace) -> int:
     command = ("lq", *given.argv)
     if mode == "matmuls":
         return bench.bench(request.Options(**chosen), command)
-    from . import generate_bench, model_bench
+    from . import generate_bench, model_bench, moe_bench
 
+    if mode == "moe":
+        return moe_bench.bench_moe(model_bench.Options(model=given.moe, **chosen), command)
     if mode == "model":
         return model_bench.bench_model(model_bench.Options(model=given.model, **chosen), command)
     whole = {"context": generate_bench.CONTEXT, **chosen}
@@ -139,11 +143,14 @@ KERNEL_OPTIONS: tuple[Option, ...] = (
     ("--draw", "draw", _read("draw"), "N", "N problems drawn from whole models, and what choices cost"),
     ("--resume", "resume", None, "", "go on with the FILE of --draw N --json FILE (no)"),
 )
-MODEL_OPTIONS: tuple[Option, ...] = (
+LAYER_OPTIONS: tuple[Option, ...] = (
     ("--bits", "bits", _read("bits", "model_options"), "N", "of a weight (4)"),
     ("--group", "group", _read("group", "model_options"), "N", "inputs that share a scale (128)"),
     ("--method", "method", _read("method", "model_options"), "NAME", "rtn | nf4 | bcq (rtn)"),
     ("--batch", "batches", _read("batches", "model_options"), "B,...", "sequences that are decoded together (1)"),
+)
+MODEL_OPTIONS: tuple[Option, ...] = (
+    *LAYER_OPTIONS,
     ("--layers", "layers", _read("layers", "model_options"), "N", "a shorter model"),
     ("--context", "context", _read("context", "model_options"), "N", "tokens in the cache (512; of transformers 80)"),
 )
@@ -155,10 +162,11 @@ STEP_OPTIONS: tuple[Option, ...] = (
     ("--trace", "trace", _writable, "FILE", "also a Chrome trace of one step by lq, and what its time goes to"),
     ("--svg", "svg", _writable, "FILE", "also a picture of tokens a second against batch"),
 )
-# What each of the three benches can be asked for.
+# What each of the four benches can be asked for.
 BENCH = {
     "matmuls": (*SHARED_OPTIONS, *KERNEL_OPTIONS),
     "model": (*SHARED_OPTIONS, *MODEL_OPTIONS, *STEP_OPTIONS),
+    "moe": (*SHARED_OPTIONS, *LAYER_OPTIONS),
     "transformers": (*SHARED_OPTIONS, *MODEL_OPTIONS),
 }
 
@@ -216,12 +224,15 @@ def _bench_parser(commands: Any) -> None:
     bench = _command(commands, "bench", about, "lq bench --shapes 4096x4096 --m 1,8 --json out.json", _bench)
     model = "a whole model of random weights, such as llama3-8b, in place of single matmuls"
     bench.add_argument("--model", type=_read("model", "model_options"), metavar="NAME", help=model)
+    layer = "a layer of experts alone, of a model that has some, such as mixtral-8x7b"
+    bench.add_argument("--moe", type=_read("model", "model_options"), metavar="NAME", help=layer)
     theirs = "a model of transformers, by one of these names or by its config.json, through its generate"
     bench.add_argument("--transformers", metavar="NAME | FILE", help=theirs)
     for title, options in (
-        ("for both", SHARED_OPTIONS),
+        ("for all", SHARED_OPTIONS),
         ("for single matmuls", KERNEL_OPTIONS),
-        ("with --model or --transformers", MODEL_OPTIONS),
+        ("with --model, --moe or --transformers", LAYER_OPTIONS),
+        ("with --model or --transformers", MODEL_OPTIONS[len(LAYER_OPTIONS) :]),
         ("with --model", STEP_OPTIONS),
     ):
         these = bench.add_argument_group(title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -21,8 +22,15 @@ MM = {2: (1.5, 1.5), 4: (1.0, 2.0)}
 DEQUANTIZED, WHOLE, HALVED = {"affine": 230.0, "table": 450.0, "binary": 510.0}, 115.0, 130.0
 
 
-def dense(problem: Problem, device: Device) -> sympy.Expr:
-    """Seconds of the vendor's matmul on the dense weight: it is read, and multiplied; a GPU does both at a time."""
+def dense(problem: Problem, device: Device, experts: int = 1) -> sympy.Expr:
+    """Seconds of the vendor's matmul on the dense weight: it is read, and multiplied; a GPU does both at a time.
+
+    Of several `experts`, n and k being those of one, as many weights are read as there may be rows for.
+    """
+    if experts > 1:
+        share = dataclasses.replace(problem, m=sympy.ceiling(problem.m / experts))
+        once = device.launch + CUBLAS[0] if device.kind == "cuda" else device.launch
+        return once + sympy.Min(experts, problem.m) * (dense(share, device) - once)
     size, bytes = problem.n * problem.k, problem.x_dtype.itemsize
     read, work = size * bytes / device.bandwidth, 2.0 * problem.m * size / device.rate_of(problem.x_dtype)
     if device.kind == "cpu":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .quantize import QuantLinear, quantize
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Shape:
     sandwich     norms after attention and MLP too, before the residual is added
     scaled       the embedding is multiplied by sqrt(hidden)
     soft_cap     logits are soft_cap * tanh(logits / soft_cap); 0: as they are
+    experts      of which each token is given to `top`, in place of one MLP; 0: none
     """
 
     layers: int
@@ -41,6 +44,12 @@ class Shape:
     sandwich: bool = False
     scaled: bool = False
     soft_cap: float = 0.0
+    experts: int = 0
+    top: int = 0
+
+    def read(self, tokens: int) -> float:
+        """The share of all experts that so many tokens read, on average, where routing is even."""
+        return 1 - (1 - self.top / self.experts) ** tokens
 
 
 SHAPES: Mapping[str, Shape] = {
@@ -52,7 +61,9 @@ SHAPES: Mapping[str, Shape] = {
     "gemma2-9b": Shape(
         42, 3584, 16, 8, 256, 14336, 256000, 1e4, 1e-6, tied=True, gelu=True, sandwich=True, scaled=True, soft_cap=30.0
     ),
+    "mixtral-8x7b": Shape(32, 4096, 32, 8, 128, 14336, 32000, 1e6, experts=8, top=2),
     "tiny": Shape(2, 256, 4, 2, 64, 512, 512, 1e4),
+    "tiny-moe": Shape(2, 256, 4, 2, 64, 512, 512, 1e4, experts=4, top=2),
 }
 
 
@@ -121,12 +132,57 @@ class MLP(nn.Module):
         return self.down(gate * self.up(x))
 
 
+class Experts(nn.Module):
+    """A linear layer for each expert, stacked as [experts * n, k]: x stands expert by expert.
+
+    Expert e's rows end at ends[e]; int32 [experts].
+    """
+
+    def __init__(self, experts: int, n: int, k: int) -> None:
+        super().__init__()
+        self.experts, self.stacked = experts, nn.Linear(k, experts * n, bias=False)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        w = self.stacked.weight.to(x.dtype).unflatten(0, (self.experts, -1))
+        if x.dtype == torch.bfloat16:
+            return torch._grouped_mm(x, w.transpose(1, 2), offs=ends)
+        # torch's grouped matmul is for bfloat16; a float32 reference runs here.
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+        return torch.cat([F.linear(rows, own) for rows, own in zip(x.split(sizes), w, strict=True)])
+
+
+class Mixture(nn.Module):
+    """Of several MLPs, those that a router chooses for each token, each weighed by how much it is chosen (Mixtral)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.experts, self.top = shape.experts, shape.top
+        self.router = nn.Linear(shape.hidden, shape.experts, bias=False)
+        self.gate, self.up = (Experts(shape.experts, shape.intermediate, shape.hidden) for _ in range(2))
+        self.down = Experts(shape.experts, shape.hidden, shape.intermediate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        logits = F.linear(tokens, self.router.weight.to(x.dtype))
+        shares, chosen = logits.float().softmax(-1).topk(self.top)
+        shares, chosen = (shares / shares.sum(-1, keepdim=True)).to(x.dtype), chosen.flatten()
+        # Where each choice stands among those of its expert, counted: to sort a few takes a GPU longer.
+        counts = (chosen[:, None] == torch.arange(self.experts, device=x.device)).cumsum(0)
+        ends = counts[-1].cumsum(0)
+        places = (ends - counts[-1])[chosen] + counts.gather(1, chosen[:, None]).squeeze(1) - 1
+        order = torch.empty_like(places).scatter(0, places, torch.arange(len(places), device=x.device))
+        rows, ends = tokens[order // self.top], ends.to(torch.int32)
+        y = self.down(F.silu(self.gate(rows, ends)) * self.up(rows, ends), ends)
+        # Token by token again.
+        return (y[places].unflatten(0, (-1, self.top)) * shares.unsqueeze(-1)).sum(1).view(x.shape)
+
+
 class Block(nn.Module):
     """Attention and MLP, each on a norm of the residual, or between two norms."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.attention, self.mlp = Attention(shape), MLP(shape)
+        self.attention, self.mlp = Attention(shape), Mixture(shape) if shape.experts else MLP(shape)
         self.before_attention, self.before_mlp = (RMSNorm(shape.hidden, shape.epsilon) for _ in range(2))
         self.after_attention, self.after_mlp = (
             RMSNorm(shape.hidden, shape.epsilon) if shape.sandwich else nn.Identity() for _ in range(2)
@@ -195,32 +251,39 @@ class Decoder(nn.Module):
 
 
 @torch.no_grad()
+def made(build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
+    """A module with random weights of `dtype`."""
+    with torch.device("meta"):
+        module = build()
+    module.to(dtype).to_empty(device=device).requires_grad_(False)
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            # Of unit variance behind every matmul of an input of unit variance.
+            size = p.shape[-1] ** -0.5 if isinstance(part, nn.Linear) and p.ndim == 2 else 1.0
+            p.fill_(1.0) if isinstance(part, RMSNorm) else p.normal_(0.0, 0.02 if name == "bias" else size)
+    return module
+
+
+@torch.no_grad()
 def random(shape: Shape, device: torch.device, dtype: torch.dtype, **how: Any) -> Decoder:
     """A model with random weights, each block quantized by `quantize(block, **how)` before the next one is made.
 
-    Embedding and head stay dense, of `dtype`. At most one dense block is held at a time.
+    Embedding, head and routers stay dense, of `dtype`. At most one dense block is held at a time.
     """
-
-    def made(build: Callable[[], nn.Module]) -> Any:
-        with torch.device("meta"):
-            module = build()
-        module.to(dtype).to_empty(device=device).requires_grad_(False)
-        for part in module.modules():
-            for name, p in part.named_parameters(recurse=False):
-                # Of unit variance behind every matmul of an input of unit variance.
-                size = p.shape[-1] ** -0.5 if isinstance(part, nn.Linear) and p.ndim == 2 else 1.0
-                p.fill_(1.0) if isinstance(part, RMSNorm) else p.normal_(0.0, 0.02 if name == "bias" else size)
-        return module
-
-    model: Decoder = made(lambda: Decoder(shape))
+    model: Decoder = made(lambda: Decoder(shape), device, dtype)
     if shape.tied:
         model.lm_head.weight = model.embedding.weight
     for _ in range(shape.layers):
-        model.blocks.append(quantize(made(lambda: Block(shape)), **how))
+        model.blocks.append(quantized(made(lambda: Block(shape), device, dtype), **how))
     return model.eval()
 
 
-def replaced(model: Decoder, change: Callable[[QuantLinear], nn.Module]) -> Decoder:
+def quantized(module: nn.Module, **how: Any) -> nn.Module:
+    """`module`, all its linear layers but routers quantized."""
+    return quantize(module, modules=lambda name, _: not name.endswith("router"), **how)
+
+
+def replaced(model: Module, change: Callable[[QuantLinear], nn.Module]) -> Module:
     """The same model, with `change` of each quantized layer in its place; all other tensors are shared."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo |= {id(part): change(part) for part in model.modules() if isinstance(part, QuantLinear)}
@@ -236,7 +299,15 @@ def dense(layer: QuantLinear) -> nn.Linear:
     return made
 
 
-def weight_bytes(model: Decoder) -> int:
-    """Bytes that every step reads: all weights but the embedding, of which it reads a row for each sequence."""
-    tensors = model.state_dict()
-    return sum(t.nbytes for name, t in tensors.items() if name != "embedding.weight")
+def weight_bytes(model: Decoder, tokens: int = 1) -> int:
+    """Bytes that a step of so many tokens reads: all weights but the embedding, of which it reads a row for each.
+
+    Of experts as many as even routing chooses on average.
+    """
+    tensors = {name: t for name, t in model.state_dict().items() if name != "embedding.weight"}
+    return round(sum(share(model, name, tokens) * t.nbytes for name, t in tensors.items()))
+
+
+def share(model: Decoder, name: str, tokens: int) -> float:
+    """How much of a tensor so many tokens read: 1, but of the experts'."""
+    return model.shape.read(tokens) if ".stacked." in name else 1.0

@@ -14,7 +14,7 @@ from .table import Line
 from .viewer import templates
 
 SCHEMA = 1
-PHASES = ("decode", "prefill", "generate")
+PHASES = ("decode", "prefill", "generate", "layer")
 VERDICTS = ("ok", "WRONG", "FAILED", "skipped")
 HEADINGS = (
     "phase",
@@ -39,7 +39,8 @@ PICTURE = (640, 360, 60, 110)
 class Row:
     """One way at one point: `tokens` tokens of each of `batch` sequences in a call, 1 in a step of decoding.
 
-    "decode" and "prefill" are a model of ours, "generate" is one of transformers through `generate`.
+    "decode" and "prefill" are a model of ours, "layer" one layer of it, "generate" is one of transformers through
+    `generate`.
 
     seconds          of a call, the median, with `least` and `most`, over `samples` samples; None where not timed
     compile_seconds  of the first call, with an empty Inductor cache; pass_seconds: of those, our passes' own

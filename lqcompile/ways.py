@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from . import backend
-from .decoder import Decoder, dense, replaced, weight_bytes
+from .decoder import Decoder, dense, replaced, share, weight_bytes
 from .neighbours import Tinygemm, tinygemm
 from .quantize import QuantLinear
 from .report import Report
@@ -88,18 +88,21 @@ class Runner:
 
     def compile(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """The first call. Raises whatever compiling raises."""
-        skipped = counters["inductor"]["cudagraph_skips"]
+        skipped, given = counters["inductor"]["cudagraph_skips"], tokens.numel()
         with fresh_cache(), backend.recording() as reports:
             start = time.perf_counter()
             tokens, logits = self(tokens, position)
             synchronize(logits.device)
             self.compile_seconds = time.perf_counter() - start
-        self.weight_bytes = weight_bytes(self.model)
+        self.weight_bytes = weight_bytes(self.model, given)
         if reports:
             self.report = Report.merged(reports)
-            sources = (m for m in self.model.modules() if isinstance(m, QuantLinear))
-            held = sum(t.nbytes for m in sources for t in m.buffers())
-            self.weight_bytes += self.report.bytes_after - held
+            sources = [(f"{name}.", m) for name, m in self.model.named_modules() if isinstance(m, QuantLinear)]
+            held = sum(share(self.model, name, given) * t.nbytes for name, m in sources for t in m.buffers())
+            packed = [d for d in self.report.decisions if d.outcome == "rewritten"]
+            read = self.model.shape.read(given) if self.model.shape.experts else 1.0
+            taken = sum((read if "experts" in d.problem else 1.0) * d.bytes_after for d in packed)
+            self.weight_bytes += round(taken - held)
         self.graphs_skipped = counters["inductor"]["cudagraph_skips"] - skipped
         return tokens, logits
 
@@ -132,6 +135,8 @@ class Runner:
 def model_of(name: str, quantized: Decoder) -> Decoder:
     """The model that a way runs. Raises ValueError where its layers cannot be of this format."""
     layer = WAYS[name].layer
+    if layer is Int4Pack and quantized.shape.experts:
+        raise ValueError("torch's int4 matmul takes no experts")
     return quantized if layer is None else replaced(quantized, layer)
 
 

@@ -27,7 +27,8 @@ class Contraction:
     """y = alpha * (sum of a * b over the labels that y lacks) + beta * bias. A label has one size wherever it stands.
 
     The bias broadcasts against y, or, with `bias_along_n`, is one number for each output feature. `fused`: the
-    operation reads a packed weight in `b`, whose shape says nothing.
+    operation reads a packed weight in `b`, whose shape says nothing. `ends`: `b` holds a weight for each expert, along
+    its label "E", and each row of a is multiplied by one of them: expert e's rows end at ends[e].
     """
 
     node: fx.Node
@@ -41,6 +42,7 @@ class Contraction:
     beta: float = 1.0
     bias_along_n: bool = False
     fused: bool = False
+    ends: fx.Node | None = None
 
     def sizes(self, operand: fx.Node) -> dict[str, Any]:
         """The size of each label of an operand."""
@@ -54,8 +56,8 @@ class Contraction:
 class Roles:
     """A contraction once it is known which operand is the weight: the labels by who has them.
 
-    batch: all three; m: x and y; n: w and y; k: x and w. A label that ends in "!" has size 1, belongs to one operand
-    alone, and is dropped from it.
+    batch: all three, or experts; m: x and y; n: w and y; k: x and w. A label that ends in "!" has size 1, belongs to one
+    operand alone, and is dropped from it.
     """
 
     x_labels: Labels
@@ -73,9 +75,9 @@ def roles(c: Contraction, weight: fx.Node) -> Roles:
     y = c.y_labels
     if len(set(x)) != len(x) or len(set(w)) != len(w):
         raise Refused(Reason.UNSUPPORTED_SPELLING, c.node.name)
-    batch = tuple(label for label in w if label in x and label in y)
+    batch = ("E",) if c.ends is not None else tuple(label for label in w if label in x and label in y)
     m = tuple(label for label in x if label not in w and label[-1] != "!")
-    n = tuple(label for label in w if label not in x and label[-1] != "!")
+    n = tuple(label for label in w if label not in (*x, *batch) and label[-1] != "!")
     k = tuple(label for label in w if label in x and label not in y)
     if not k or any(label not in y for label in (*m, *n)):
         raise Refused(Reason.UNSUPPORTED_SPELLING, c.node.name)
@@ -117,6 +119,8 @@ def _name(node: fx.Node) -> str | None:
         return str(node.target)
     if node.op != "call_function":
         return None
+    if qualified_name(node) in SPELLINGS:
+        return qualified_name(node)
     if isinstance(node.target, torch._ops.OpOverload):
         namespace, _, name = node.target._schema.name.partition("::")
         return name if namespace == "aten" else None
@@ -183,6 +187,17 @@ def _linear(node: fx.Node, args: _Arguments) -> Contraction:
     lead = _letters(x_value.ndim - 1)
     n = ("N",) if w_value.ndim == 2 else ()
     return Contraction(node, x, w, (*lead, "K"), (*n, "K"), (*lead, *n), bias, bias_along_n=True)
+
+
+def _experts(node: fx.Node, args: _Arguments) -> Contraction:
+    """torch's grouped matmul of x [m, k] and weights [experts, k, n], or of two batches as bmm has them."""
+    (x, x_value), (w, w_value) = args.tensor(0, "input", "self", "mat_a"), args.tensor(1, "weight", "mat2", "mat_b")
+    ends = args.get(2, ("offs",))
+    if ends is None and x_value.ndim == w_value.ndim == 3:
+        return _product(node, x, w)
+    if (x_value.ndim, w_value.ndim) != (2, 3) or args.get(3, ("bias",)) is not None or not isinstance(ends, fx.Node):
+        raise Refused(Reason.UNSUPPORTED_SPELLING, node.name)
+    return Contraction(node, x, w, ("M", "K"), ("E", "K", "N"), ("M", "N"), ends=ends)
 
 
 def _inner(node: fx.Node, args: _Arguments) -> Contraction:
@@ -282,6 +297,7 @@ SPELLINGS: dict[str, Spelling] = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "imatmul", "__matmul__"), _matmul),
     **dict.fromkeys(("addmm", "addmv", "baddbmm"), _added),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    **dict.fromkeys(("_grouped_mm", "grouped_mm", "transformers::grouped_mm_fallback"), _experts),
     "linear": _linear,
     "inner": _inner,
     "einsum": _einsum,

@@ -147,7 +147,9 @@ def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx
         and tuple(fake_value(bias).shape) == (n,)
     ):
         fused, bias = _cast(emit, bias, match.dtype), None
-    if r.batch:
+    if plan.experts:
+        y = _of_experts(plan, emit, inputs, nodes, x)
+    elif r.batch:
         rows = [_gemm(plan, p, emit, inputs, emit("select", x, 0, i), None) for i, p in enumerate(plan.packed)]
         y = emit(torch.stack, rows, 0)
         if len(r.batch) > 1:
@@ -178,7 +180,11 @@ def _together(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, 
     if plan.bias is not None:
         bias = inputs.node(plan.bias)
     other = None if bundle.other is None else nodes[bundle.other]
-    y = _gemm(plan, plan.packed[0], emit, inputs, _operand(plan, emit, nodes[match.x]), bias, other)
+    x = _operand(plan, emit, nodes[match.x])
+    if plan.experts:
+        y = _of_experts(plan, emit, inputs, nodes, x)
+    else:
+        y = _gemm(plan, plan.packed[0], emit, inputs, x, bias, other)
     if len(bundle.outputs) == 1:
         return (_with_strides(emit, y, fake_value(bundle.outputs[0])),)
     sizes = [m.n for m in bundle.matches]
@@ -194,13 +200,14 @@ def _operand(plan: Plan, emit: _Emitter, x: fx.Node) -> fx.Node:
     labels = [label for label in r.x_labels if label[-1] != "!"]
     if dropped:
         x = emit("squeeze", x, dropped)
-    order = [labels.index(label) for label in (*r.batch, *r.m, *r.k)]
+    batch = r.batch if plan.match.contraction.ends is None else ()
+    order = [labels.index(label) for label in (*batch, *r.m, *r.k)]
     if order != sorted(order):
         x = emit("permute", x, order)
     if len(r.k) > 1:
         x = emit("flatten", x, -len(r.k), -1)
-    if len(r.batch) > 1:
-        x = emit("flatten", x, 0, len(r.batch) - 1)
+    if len(batch) > 1:
+        x = emit("flatten", x, 0, len(batch) - 1)
     return _cast(emit, x, plan.match.dtype)
 
 
@@ -221,6 +228,28 @@ def _gemm(
         return y if bias is None else emit(torch.add, y, bias)
     op = ops.GEMMS[packed.layouts[0]]
     return emit(op, x, parts, bias, other, packed.n, packed.k, packed.format.spec, plan.bundle.epilogue, plan.route)
+
+
+def _of_experts(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx.Node], x: fx.Node) -> fx.Node:
+    """y of x [m, k] that stands expert by expert; of x [experts, m..., k], as much for each."""
+    packed, given = plan.packed[0], plan.match.contraction.ends
+    if packed.perm is not None:
+        x = emit(torch.index_select, x, fake_value(x).ndim - 1, inputs.node(packed.perm))
+    if given is not None:
+        ends = nodes[given]
+    else:
+        assert plan.turns is not None
+        rows = emit("size", x, 1) if fake_value(x).ndim > 2 else 1
+        x, ends = emit("flatten", x, 0, -2), emit(torch.mul, inputs.node(plan.turns), rows)
+    n, parts = packed.n // plan.experts, [inputs.node(part) for part in packed.parts]
+    what = packed.layout, n, packed.k, packed.format.spec, plan.bundle.epilogue, plan.route
+    y = emit(ops.GROUPED, x, parts, ends, *what)
+    if given is None:
+        y = emit("unflatten", y, 0, (plan.experts, -1) if plan.match.roles.m else (plan.experts,))
+        if len(plan.match.roles.batch) > 1:
+            r = plan.match.roles
+            y = emit("unflatten", y, 0, _sizes(r.x_labels, fake_value(plan.match.x), r.batch))
+    return y
 
 
 def _cast(emit: _Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:

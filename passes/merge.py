@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
 
 from ..errors import Reason, Refused
-from ..formats import concat, rows
+from ..formats import concat, refit, rows
 from ..kernels.epilogues import TURN, by_turns
-from ..types import QWeight
+from ..types import ZEROS, Format, QWeight
 from .constants import Constants, fake_value, target_name
 from .prove import Recovered
 from .recognise import Match
@@ -53,15 +53,34 @@ def bias_of(match: Match) -> fx.Node | None:
     return node
 
 
-def join(recovered: Sequence[Recovered], epilogue: str) -> tuple[QWeight, ...]:
-    """The weights of one match, or one of all the rows of several, as their op takes them. Raises Refused."""
-    if len(recovered) == 1:
-        return recovered[0].weights
-    each = [r.weights[0] for r in recovered]
-    if len({(w.format, w.k) for w in each}) > 1 or not all(_same(each[0], w) for w in each):
-        raise Refused(Reason.NO_KERNEL, "weights that do not join")
-    joined = concat(each)
-    return (rows(joined, by_turns(joined.n).to(joined.codes.device)) if epilogue == "silu_mul" else joined,)
+def join(recovered: Sequence[Recovered], epilogue: str, experts: bool = False) -> tuple[QWeight, ...]:
+    """The weights of one match, or those of all the rows of several, as their op takes them. Raises Refused.
+
+    One for each place of a batch; those of `experts` are one below the other.
+    """
+    joined = tuple(_joined(each, epilogue) for each in zip(*(r.weights for r in recovered), strict=True))
+    if not experts:
+        return joined
+    common = widest([w.format for w in joined])
+    fitted = [refit(w, common, None if w.table is None else tuple(w.table.shape)) for w in joined]
+    return (_joined([w for w in fitted if w is not None], ""),) if None not in fitted else _apart()
+
+
+def widest(formats: Sequence[Format]) -> Format:
+    """The one that may hold weights of all `formats`."""
+    return max(formats, key=lambda f: (f.bits, ZEROS.index(f.zero), -f.group))
+
+
+def _joined(weights: Sequence[QWeight], epilogue: str) -> QWeight:
+    first = weights[0]
+    if len({(w.format, w.k) for w in weights}) > 1 or not all(_same(first, w) for w in weights):
+        _apart()
+    joined = concat(weights) if len(weights) > 1 else first
+    return rows(joined, by_turns(joined.n).to(joined.codes.device)) if epilogue == "silu_mul" else joined
+
+
+def _apart() -> NoReturn:
+    raise Refused(Reason.NO_KERNEL, "weights that do not join")
 
 
 def join_biases(biases: Sequence[Tensor | None], sizes: Sequence[int], epilogue: str) -> Tensor | None:
@@ -86,7 +105,7 @@ def bundles(matches: Sequence[Match], constants: Constants) -> list[Bundle]:
     for match in matches:
         plain = _plain(match, constants) and once[id(match.recovered)] == 1
         r = match.recovered
-        alike = of_x[_spelled(match.x), match.dtype, r.formats[0], r.k] if plain else []
+        alike = of_x[_spelled(match.x), match.contraction.ends, match.dtype, r.formats[0], r.k] if plain else []
         group = next((g for g in alike if _joins(g, match, constants)), None)
         if group is None:
             group = []
@@ -104,9 +123,9 @@ def bundles(matches: Sequence[Match], constants: Constants) -> list[Bundle]:
 
 
 def _plain(match: Match, constants: Constants) -> bool:
-    """Whether an op gives the match's output as it is: y[m..., n], one weight, at most a bias that is a parameter."""
+    """Whether an op gives the match's output as it is: y[m..., n], no batch, at most a bias that is a parameter."""
     c, r = match.contraction, match.roles
-    if r.batch or len(r.n) != 1 or r.y_labels != (*r.m, *r.n) or c.alpha != 1:
+    if (r.batch and c.ends is None) or len(r.n) != 1 or r.y_labels != (*r.m, *r.n) or c.alpha != 1:
         return False
     if match.recovered.fused or match.recovered.across:
         return False
@@ -188,7 +207,7 @@ def _silu_mul(group: Sequence[Match], constants: Constants) -> Bundle | None:
 
 
 def _add(group: Sequence[Match], constants: Constants, taken: set[fx.Node]) -> Bundle | None:
-    if len(group) != 1:
+    if len(group) != 1 or group[0].contraction.ends is not None:
         return None
     match = group[0]
     add = _only_user(match.output, "add")

@@ -174,6 +174,7 @@ def _decision(item: Match | Kept, plan: Plan | None, refused: Reason | None) -> 
     problem = {"m": str(plan.m), **problem, "bias": item.bias is not None}
     together, share = len(plan.bundle.matches), plan.share(item)
     problem |= {"together": together} if together > 1 else {}
+    problem |= {"experts": plan.experts} if plan.experts else {}
     problem |= {"epilogue": plan.bundle.epilogue} if plan.bundle.epilogue else {}
     problem |= {"across": True} if r.across else {}
     before = len(r.formats) * r.n * r.k * item.dtype.itemsize

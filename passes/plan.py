@@ -17,14 +17,14 @@ from .. import autotune, cost, profile
 from ..device import Device
 from ..errors import Reason, Refused
 from ..formats import refit
-from ..kernels import registry
+from ..kernels import grouped, registry
 from ..kernels.layout import LAYOUTS
 from ..kernels.registry import Call
 from ..types import Candidate, Format, Piece, Problem, QWeight
 from . import meanings
 from .constants import fake_value
 from .evaluate import undisturbed
-from .merge import Bundle, bias_of, join, join_biases
+from .merge import Bundle, bias_of, join, join_biases, widest
 from .recognise import Match
 
 # How much faster something must be to be worth more memory; and by how many launches, where time is little else.
@@ -79,7 +79,8 @@ class Packed:
 class Plan:
     """How one bundle is run: a packed weight for each place of its batch, and a kernel for each range of m.
 
-    bias   that of several matches, as their op takes it
+    bias     that of several matches, as their op takes it
+    experts  whose weights are packed as one, 0 where they are not; turns: 1, 2 to so many, where each has as many rows
     """
 
     bundle: Bundle
@@ -92,6 +93,8 @@ class Plan:
     choice: Choice
     device: Device
     bias: Tensor | None = None
+    experts: int = 0
+    turns: Tensor | None = None
 
     @property
     def match(self) -> Match:
@@ -128,10 +131,15 @@ class Choice:
 
     @property
     def route(self) -> str:
-        """The pieces as the custom op takes them, which is that of the first one's layout (see ops.py)."""
+        """As `route_of`, for the rows that it was planned for."""
+        return self.route_of(1)
+
+    def route_of(self, times: int) -> str:
+        """The pieces as the custom op of the first one's layout takes them (see ops.py), with `times` as many rows."""
         first, last = self.pieces[0], self.pieces[-1]
         ways = [p.kernel if p.layout == first.layout else f"{p.kernel}/{p.layout}" for p in self.pieces]
-        return ",".join(w if p is last else f"{w}@{p.high}" for w, p in zip(ways, self.pieces, strict=True))
+        most = [p.high and p.high * times for p in self.pieces]
+        return ",".join(w if p is last else f"{w}@{m}" for w, p, m in zip(ways, self.pieces, most, strict=True))
 
 
 class Planner:
@@ -155,6 +163,10 @@ class Planner:
     def plan(self, bundle: Bundle) -> Plan:
         """The plan of a bundle. Raises Refused where no kernel accepts it, or where less in one op is as fast."""
         choice, m, m_range, device = self._choice(bundle.matches)
+        match = bundle.matches[0]
+        given = match.contraction.ends is not None
+        together = None if given else self._of_experts(match, choice, m_range, device)
+        experts, choice = match.places if given or together else 0, together or choice
         if bundle.epilogue and not any(bundle.epilogue in registry.KERNELS[p.kernel].epilogues for p in choice.pieces):
             raise Refused(Reason.NO_KERNEL, bundle.epilogue)
         if len(bundle.matches) > 1:
@@ -163,9 +175,9 @@ class Planner:
                 raise Refused(Reason.SLOWER, f"{len(bundle.matches)} matmuls in one")
         recovered = [match.recovered for match in bundle.matches]
         # By identity, kept alive here: equal weights of two layers are two packs.
-        key = (*map(id, recovered), choice.layout, bundle.epilogue == "silu_mul")
+        key = (*map(id, recovered), choice.layout, bundle.epilogue == "silu_mul", experts)
         if key not in self._packed:
-            weights, across = join(recovered, bundle.epilogue), recovered[0].across
+            weights, across = join(recovered, bundle.epilogue, experts > 0), recovered[0].across
             self._packed[key] = tuple(_pack(w, choice.layout, across) for w in weights)
             self._kept.append(bundle)
         bias = None
@@ -174,7 +186,32 @@ class Planner:
             biases = [None if leaf is None else self._values[leaf] for leaf in leaves]
             bias = join_biases(biases, [match.n for match in bundle.matches], bundle.epilogue)
         packed = self._packed[key]
-        return Plan(bundle, choice.layout, choice.route, choice.pieces, packed, m, m_range, choice, device, bias)
+        # Of x [experts, m, k] the op sees all rows at once.
+        route = choice.route_of(experts if together else 1)
+        turns = torch.arange(1, experts + 1, dtype=torch.int32, device=packed[0].parts[0].device) if together else None
+        how = (packed, m, m_range, choice, device, bias, experts, turns)
+        return Plan(bundle, choice.layout, route, choice.pieces, *how)
+
+    def _of_experts(
+        self, match: Match, apart: Choice, m_range: tuple[int, int | None], device: Device
+    ) -> Choice | None:  # fmt: skip
+        """How the weights of a batch are run in one op, None where one after the other is as fast."""
+        if not match.roles.batch or match.places == 1 or len(match.roles.m) > 1 or match.recovered.across:
+            return None
+        recovered, m = match.recovered, sympy.Symbol("m", positive=True, integer=True)
+        rows, limits = match.places * m, (m_range[0], m_range[1] or 1 << 31)
+        on = fake_value(match.x).device
+        problem = Problem(m, limits, match.n, recovered.k, widest(recovered.formats), match.dtype, on)
+        able = [
+            dataclasses.replace(c, seconds=sympy.sympify(c.seconds).subs(m, rows))
+            for c in _expert_candidates(problem, match.places, device)
+        ]
+        layouts = dict.fromkeys(c.layout for c in able)
+        seconds = sympy.sympify(cost.dense(problem, device, match.places)).subs(m, rows)
+        dense = dataclasses.replace(apart.dense, seconds=seconds)
+        choices = [self._among([c for c in able if c.layout == name], name, m_range, dense) for name in layouts]
+        best = min(choices, key=lambda choice: choice.seconds, default=None)
+        return best if best is not None and best.seconds < match.places * apart.seconds else None
 
     def _choice(self, matches: Sequence[Match]) -> tuple[Choice, sympy.Expr, tuple[int, int | None], Device]:
         """For the matmuls of one x in one op: the layout and kernels, m with its range, and the device."""
@@ -185,12 +222,14 @@ class Planner:
         if recovered.across and x.requires_grad and fake_value(match.output).requires_grad:
             raise Refused(Reason.GROUPS, "the backward pass would keep the dense weight")
         # The weights of a batch share one route, but each may have turned out to be of another format.
-        formats = tuple(dict.fromkeys(recovered.formats))
+        given = match.contraction.ends is not None
+        formats = (widest(recovered.formats),) if given else tuple(dict.fromkeys(recovered.formats))
         limits = (m_range[0], m_range[1] or 1 << 31)
         problem = Problem(m, limits, n, recovered.k, formats[0], match.dtype, x.device)
         with with_threads(self._threads):
             device = self._device or profile.of(problem.device)
-        found = self._chosen(problem, formats, m_range, device, fused=recovered.fused, across=recovered.across)
+        how = {"fused": recovered.fused, "across": recovered.across, "experts": match.places if given else 0}
+        found = self._chosen(problem, formats, m_range, device, **how)
         return found, m, m_range, device
 
     def choice(
@@ -220,7 +259,7 @@ class Planner:
 
     def _choose(
         self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str,
-        layouts: Sequence[str] = (), packed: bool = False, across: bool = False,
+        layouts: Sequence[str] = (), packed: bool = False, across: bool = False, experts: int = 0,
     ) -> Choice:  # fmt: skip
         """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
 
@@ -230,8 +269,10 @@ class Planner:
         """
         m = sympy.Symbol("m", positive=True, integer=True)
         priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
-        dense = Candidate("dense weight", "", cost.dense(priced, device))
-        if across:
+        dense = Candidate("dense weight", "", cost.dense(priced, device, experts or 1))
+        if experts:
+            able = [] if across else _expert_candidates(priced, experts, device)
+        elif across:
             turned = dataclasses.replace(priced, n=priced.k, k=priced.n)
             ordered = device.launch + 2 * m * priced.n * priced.x_dtype.itemsize / device.bandwidth
             able = [
@@ -243,13 +284,13 @@ class Planner:
             able = _candidates(priced, formats, device, layouts or tuple(LAYOUTS))
         if not able:
             raise Refused(Reason.NO_KERNEL, f"{problem.format} on {device.kind}")
-        if self._autotune and not across:
+        if self._autotune and not across and not experts:
             with with_threads(self._threads), undisturbed():
                 dense, *able = autotune.timed(priced, m_range, [dense, *able], self._workload, device)
         found_in = tuple(dict.fromkeys(c.layout for c in able))
         choices = [self._among([c for c in able if c.layout == layout], layout, m_range, dense) for layout in found_in]
         best = min(choices, key=lambda choice: choice.seconds)
-        if self._copies > 1 and m_range[0] != m_range[1]:
+        if self._copies > 1 and not experts and m_range[0] != m_range[1]:
             for both in itertools.permutations(found_in, 2):
                 found = self._among([c for c in able if c.layout in both], "+".join(both), m_range, dense)
                 # Twice the memory must be worth it; the op is that of the layout which few rows are read from.
@@ -258,7 +299,7 @@ class Planner:
         # A library's own kernel is taken over only where ours is faster. What Inductor makes of a dequantization must
         # be faster by a margin to be left alone, and by more than launches: packed, the weight takes less memory.
         theirs = meanings.seconds(fused, priced, device)
-        if not fused and not packed:
+        if not fused and not packed and not experts:
             theirs = MARGIN * cost.inductor(dense.seconds, priced, device) + LAUNCHES * device.launch
         if theirs is not None:
             own = self._among([Candidate(fused or "inductor", "", theirs)], "", m_range, dense)
@@ -297,6 +338,18 @@ def _candidates(problem: Problem, formats: Sequence[Format], device: Device, lay
         and all(
             kernel.accepts(Call(name, f, problem.n, problem.k), problem.x_dtype, device.kind) is None for f in formats
         )
+    ]
+
+
+def _expert_candidates(problem: Problem, experts: int, device: Device) -> list[Candidate]:
+    """Each kernel in each of its layouts that multiplies rows by weights of experts; problem.m are the rows of all."""
+    return [
+        Candidate(kernel.name, name, grouped.seconds(kernel, problem, experts, name, device))
+        for kernel in registry.discover().values()
+        for name in kernel.layouts
+        if problem.format.form in LAYOUTS[name].forms
+        and grouped.refusal(kernel, Call(name, problem.format, problem.n, problem.k), problem.x_dtype, device.kind)
+        is None
     ]
 
 

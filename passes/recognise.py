@@ -55,6 +55,11 @@ class Match:
         return self.recovered.n
 
     @property
+    def places(self) -> int:
+        """How many weights there are: one, or one for each place of a batch, or for each expert."""
+        return len(self.recovered.formats)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What to compute in: a scaling after the matmul may be wider than it, or narrower."""
         return torch.promote_types(fake_value(self.anchor).dtype, fake_value(self.output).dtype)
@@ -143,7 +148,7 @@ class Recogniser:
         return bool(weights) and any(_floating(n) for n in node.all_input_nodes if n not in self.constants)
 
     def _match(self, c: Contraction, misses: list[NearMiss]) -> Match:
-        w = c.a if c.a in self.constants and not c.fused else c.b
+        w = c.a if c.a in self.constants and not c.fused and c.ends is None else c.b
         if w not in self.constants:
             raise Refused(Reason.FUSED, c.node.name) if c.fused else self._dynamic(c)
         given = [n for n in (c.a, c.bias) if n is not None] if c.fused else []
@@ -161,6 +166,8 @@ class Recogniser:
             raise Refused(Reason.DTYPE, f"{c.node.name}: {y.dtype}")
         if y.requires_grad and fake_value(w).requires_grad:
             raise Refused(Reason.NEEDS_GRAD, w.name)
+        if y.requires_grad and c.ends is not None:
+            raise Refused(Reason.NO_KERNEL, "gradients through experts")
         self.constants.check_versions(cut)
         output, scalings = self._scalings(c, r, cut, values)
         recovered = self._recover(c, r, w, x, cut, scalings, misses)

@@ -70,6 +70,11 @@ def _probe(
                 bias = bias[tuple(slice(size) for size in shape)]
                 old[match.bias], new[nodes_now[match.bias]] = bias, bias
         ends = {*(m.x for m in bundle.matches), *(m.bias for m in bundle.matches), bundle.other} - {None}
+        given = plan.match.contraction.ends
+        if given is not None:
+            # A row for each expert.
+            old[given] = new[nodes_now[given]] = torch.arange(1, 1 + len(x), dtype=torch.int32, device=x.device)
+            ends |= {given}
         between = _between(ends, bundle.outputs, constants)
         if bundle.other is not None:
             other = _random([*x.shape[:-1], plan.match.n], fake_value(bundle.other))
@@ -104,6 +109,8 @@ def _squares(match: Match) -> float:
 
 def _random_x(plan: Plan) -> Tensor:
     r, fake = plan.match.roles, fake_value(plan.match.x)
+    if plan.match.contraction.ends is not None:
+        return _random((plan.experts, plan.match.recovered.k), fake)
     # Rows may be few: nothing that is emitted depends on how many there are.
     shape = [
         (size if isinstance(size, int) and size < ROWS else ROWS) if label in r.m else int(size)

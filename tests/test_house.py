@@ -29,7 +29,7 @@ BESIDE |= {
     name: "cli" for name in ("request", "models", "picture", "bench", "trial", "results", "regret", "neighbours")
 }
 BESIDE |= {name: "cli" for name in ("decoder", "ways", "step", "model_bench", "model_check", "model_options")}
-BESIDE |= {name: "cli" for name in ("model_results", "generate_bench")}
+BESIDE |= {name: "cli" for name in ("model_results", "generate_bench", "moe_bench")}
 LEVEL |= {name: LEVEL[beside] for name, beside in BESIDE.items()}
 
 
