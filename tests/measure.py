@@ -312,6 +312,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--limit", type=float, default=540, help="parallel: seconds after which it gives up")
     parser.add_argument("--eager", action="store_true", help="parallel: without torch.compile")
     given = parser.parse_args()
     if given.what == "one":
@@ -328,7 +329,7 @@ def main() -> None:
         for name in SIZES:
             recognising(name, given.device, given.repeats)
     elif given.what == "parallel":
-        decode_parallel.measure(given.ranks, given.device, given.layers, given.eager, given.repeats)
+        decode_parallel.measure(given.ranks, given.device, given.layers, given.eager, given.repeats, given.limit)
     elif given.what == "sentences":
         sentences(given.repeats)
     else:
