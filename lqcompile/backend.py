@@ -227,18 +227,29 @@ class _Held:
         return {i for where in (*self.where, self.bias_at) for i in where if i >= 0}
 
     def update(self, args: tuple[Any, ...]) -> bool:
-        """Packs what `args` hold now into the same tensors; False if it does not fit. Raises Refused."""
+        """Packs what `args` hold now into the same tensors; False if it does not fit. Raises Refused.
+
+        What was packed already is read where it is: it fits while it is there.
+        """
 
         def now(where: Sequence[int], before: Sequence[Any]) -> list[Any]:
             return [args[i] if i >= 0 else old for i, old in zip(where, before, strict=True)]
 
-        given = zip(self.recovered, self.where, strict=True)
-        fresh, biases = [r.again(now(where, r.sources)) for r, where in given], now(self.bias_at, self.biases)
-        weights = join(fresh, self.epilogue)
-        if any(r.across != self.recovered[0].across for r in fresh):
-            return False
-        if not all(p.update(w) for p, w in zip(self.packed, weights, strict=True)):
-            return False
+        given = [now(where, r.sources) for r, where in zip(self.recovered, self.where, strict=True)]
+        biases = now(self.bias_at, self.biases)
+        if self.recovered[0].layout:
+            fresh = self.recovered
+            if not self.packed[0].holds(given):
+                return False
+            for r, parts in zip(fresh, given, strict=True):
+                r.sources = tuple(parts)
+        else:
+            fresh = [r.again(sources) for r, sources in zip(self.recovered, given, strict=True)]
+            weights = join(fresh, self.epilogue)
+            if any(r.across != self.recovered[0].across for r in fresh):
+                return False
+            if not all(p.update(w) for p, w in zip(self.packed, weights, strict=True)):
+                return False
         bias = join_biases(biases, [r.n for r in fresh], self.epilogue)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)

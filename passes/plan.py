@@ -17,7 +17,7 @@ from .. import autotune, cost, profile
 from ..device import Device
 from ..errors import Reason, Refused
 from ..formats import refit
-from ..kernels import registry
+from ..kernels import pages, registry
 from ..kernels.layout import LAYOUTS
 from ..kernels.registry import Call
 from ..types import Candidate, Format, Piece, Problem, QWeight
@@ -25,6 +25,7 @@ from . import meanings
 from .constants import fake_value
 from .evaluate import undisturbed
 from .merge import Bundle, bias_of, join, join_biases
+from .prove import Recovered
 from .recognise import Match
 
 # How much faster something must be to be worth more memory; and by how many launches, where time is little else.
@@ -66,6 +67,18 @@ class Packed:
             old.copy_(new)
         if self.perm is not None and fitted.perm is not None:
             self.perm.copy_(_order(fitted.perm, self.across))
+        return True
+
+    def holds(self, given: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether the parts of several weights are views of these still, and their one table, if any, is this one."""
+        *whole, last = zip(self.parts, zip(*given, strict=True), strict=True)
+        shared = self.format.form == "table" and self.parts[-1].ndim == 1
+        if shared and not all(torch.equal(last[0], table) for table in last[1]):
+            return False
+        for one, parts in whole if shared else (*whole, last):
+            starts = itertools.accumulate((part.nbytes for part in parts), initial=one.data_ptr())
+            if any(part.data_ptr() != start for part, start in zip(parts, starts, strict=False)):
+                return False
         return True
 
     @property
@@ -164,7 +177,9 @@ class Planner:
         recovered = [match.recovered for match in bundle.matches]
         # By identity, kept alive here: equal weights of two layers are two packs.
         key = (*map(id, recovered), choice.layout, bundle.epilogue == "silu_mul")
-        if key not in self._packed:
+        if recovered[0].layout:
+            self._packed[key] = (_adjoined(recovered),)
+        elif key not in self._packed:
             weights, across = join(recovered, bundle.epilogue), recovered[0].across
             self._packed[key] = tuple(_pack(w, choice.layout, across) for w in weights)
             self._kept.append(bundle)
@@ -190,7 +205,11 @@ class Planner:
         problem = Problem(m, limits, n, recovered.k, formats[0], match.dtype, x.device)
         with with_threads(self._threads):
             device = self._device or profile.of(problem.device)
-        found = self._chosen(problem, formats, m_range, device, fused=recovered.fused, across=recovered.across)
+        own = (recovered.layout,) if recovered.layout else ()
+        found = self._chosen(
+            problem, formats, m_range, device, fused=recovered.fused, across=recovered.across, layouts=own,
+            packed=bool(own),
+        )  # fmt: skip
         return found, m, m_range, device
 
     def choice(
@@ -303,6 +322,18 @@ def _candidates(problem: Problem, formats: Sequence[Format], device: Device, lay
 def _pack(w: QWeight, layout: str, across: bool = False) -> Packed:
     order = None if w.perm is None else _order(w.perm, across)
     return Packed(layout, w.format, w.n, w.k, _parts(w, layout.split("+")), order, across)
+
+
+def _adjoined(recovered: Sequence[Recovered]) -> Packed:
+    """Packed weights as one of all their rows, of whose parts theirs become views. Raises Refused."""
+    first, parts = recovered[0], list[Tensor]()
+    for each in zip(*(r.sources for r in recovered), strict=True):
+        # One table of all rows is that of each.
+        whole = each[0] if first.formats[0].form == "table" and each[0].ndim == 1 else pages.adjoin(each)
+        if whole is None:
+            raise Refused(Reason.NO_KERNEL, "weights whose memory is not theirs alone")
+        parts.append(whole)
+    return Packed(first.layout, first.formats[0], sum(r.n for r in recovered), first.k, parts, None)
 
 
 def _order(perm: Tensor, across: bool) -> Tensor:
