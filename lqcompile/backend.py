@@ -29,6 +29,7 @@ from .passes.constants import fake_value
 from .passes.evaluate import undisturbed
 from .passes.lower import copy_module
 from .passes.merge import bias_of, join, join_biases
+from .passes.once import once
 from .passes.pipeline import Outcome
 from .passes.plan import Packed, Plan
 from .passes.prove import Recovered
@@ -107,20 +108,21 @@ def _static_fakes(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Fingerprint(CustomGraphPass):
-    """A pass that does nothing: its uuid puts our version and options into both of Inductor's cache keys.
+    """The pass `once`, whose uuid puts our version and options into both of Inductor's cache keys.
 
-    A pass that the user had set runs inside it.
+    A pass that the user had set runs before it.
     """
 
     def __init__(self, config: Config) -> None:
         previous = config.inductor.get("post_grad_custom_pre_pass", torch._inductor.config.post_grad_custom_pre_pass)
         passes = previous if isinstance(previous, (list, tuple)) else [previous]
         self._previous = [p for p in passes if p is not None]
-        self._text = f"{version()} {ops.VERSION} {config.fingerprint}"
+        self._text = f"{version()} {ops.VERSION} once {config.fingerprint}"
 
     def __call__(self, graph: fx.Graph) -> None:
         for previous in self._previous:
             previous(graph)
+        once(graph)
 
     def uuid(self) -> Any:
         theirs = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._previous]
