@@ -48,7 +48,7 @@ class Row:
     memory_bytes     of the GPU, at most, from the model's tensors to the last checked call; None on a CPU
     error            relative, of the logits of the worst sequence, against float32; allowed: what is still right
     same             greedy tokens equal to eager's, of `checked`
-    rewritten        quantized layers that "lq" rewrote, of `quantized`; None for other ways
+    rewritten        quantized layers that "lq" rewrote, or that were packed, of `quantized`; None for other ways
     """
 
     way: str

@@ -56,8 +56,8 @@ class Contraction:
 class Roles:
     """A contraction once it is known which operand is the weight: the labels by who has them.
 
-    batch: all three, or experts; m: x and y; n: w and y; k: x and w. A label that ends in "!" has size 1, belongs to one
-    operand alone, and is dropped from it.
+    batch: all three, or experts; m: x and y; n: w and y; k: x and w. A label that ends in "!" has size 1, belongs to
+    one operand alone, and is dropped from it.
     """
 
     x_labels: Labels
