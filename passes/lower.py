@@ -220,7 +220,9 @@ def _gemm(
             y = emit(torch.index_select, y, fake_value(y).ndim - 1, inputs.node(packed.perm))
         return y if bias is None else emit(torch.add, y, bias)
     op = ops.GEMMS[packed.layouts[0]]
-    return emit(op, x, parts, bias, other, packed.n, packed.k, packed.format.spec, plan.bundle.epilogue, plan.route)
+    return emit(
+        op, x, parts, bias, other, packed.n, packed.k, packed.format.spec, plan.bundle.epilogue, plan.choice.route
+    )
 
 
 def _cast(emit: _Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -96,13 +96,10 @@ class Plan:
     """
 
     bundle: Bundle
-    layout: str
-    route: str
-    pieces: tuple[Piece, ...]
+    choice: Choice
     packed: tuple[Packed, ...]
     m: sympy.Expr
     m_range: tuple[int, int | None]
-    choice: Choice
     device: Device
     bias: Tensor | None = None
 
@@ -189,7 +186,7 @@ class Planner:
             biases = [None if leaf is None else self._values[leaf] for leaf in leaves]
             bias = join_biases(biases, [match.n for match in bundle.matches], bundle.epilogue)
         packed = self._packed[key]
-        return Plan(bundle, choice.layout, choice.route, choice.pieces, packed, m, m_range, choice, device, bias)
+        return Plan(bundle, choice, packed, m, m_range, device, bias)
 
     def _choice(self, matches: Sequence[Match]) -> tuple[Choice, sympy.Expr, tuple[int, int | None], Device]:
         """For the matmuls of one x in one op: the layout and kernels, m with its range, and the device."""
