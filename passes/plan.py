@@ -40,13 +40,10 @@ class Plan:
     """
 
     bundle: Bundle
-    layout: str
-    route: str
-    pieces: tuple[Piece, ...]
+    choice: Choice
     packed: tuple[Packed, ...]
     m: sympy.Expr
     m_range: tuple[int, int | None]
-    choice: Choice
     device: Device
     bias: Tensor | None = None
     experts: int = 0
@@ -56,6 +53,11 @@ class Plan:
     def match(self) -> Match:
         """The first match, whose x the op reads."""
         return self.bundle.matches[0]
+
+    @property
+    def route(self) -> str:
+        """As the op takes it: where each expert has as many rows, m counts those of one, and the op sees all."""
+        return self.choice.route_of(1 if self.turns is None else self.experts)
 
     def share(self, match: Match) -> float:
         """How much of the op is one match's."""
@@ -144,11 +146,8 @@ class Planner:
             biases = [None if leaf is None else self._values[leaf] for leaf in leaves]
             bias = join_biases(biases, [match.n for match in bundle.matches], bundle.epilogue)
         packed = self._packed[key]
-        # Of x [experts, m, k] the op sees all rows at once.
-        route = choice.route_of(experts if together else 1)
         turns = torch.arange(1, experts + 1, dtype=torch.int32, device=packed[0].parts[0].device) if together else None
-        how = (packed, m, m_range, choice, device, bias, experts, turns)
-        return Plan(bundle, choice.layout, route, choice.pieces, *how)
+        return Plan(bundle, choice, packed, m, m_range, device, bias, experts, turns)
 
     def _of_experts(
         self, match: Match, apart: Choice, m_range: tuple[int, int | None], device: Device
