@@ -25,6 +25,7 @@ from . import meanings
 from .constants import fake_value
 from .evaluate import undisturbed
 from .merge import Bundle, bias_of, join, join_biases
+from .prove import Recovered
 from .recognise import Match
 
 # How much faster something must be to be worth more memory; and by how many launches, where time is little else.
@@ -190,7 +191,8 @@ class Planner:
         problem = Problem(m, limits, n, recovered.k, formats[0], match.dtype, x.device)
         with with_threads(self._threads):
             device = self._device or profile.of(problem.device)
-        found = self._chosen(problem, formats, m_range, device, fused=recovered.fused, across=recovered.across)
+        how = {"fused": recovered.fused, "across": recovered.across, "apart": _apart(recovered)}
+        found = self._chosen(problem, formats, m_range, device, **how)
         return found, m, m_range, device
 
     def choice(
@@ -220,13 +222,13 @@ class Planner:
 
     def _choose(
         self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str,
-        layouts: Sequence[str] = (), packed: bool = False, across: bool = False,
+        layouts: Sequence[str] = (), packed: bool = False, across: bool = False, apart: bool = False,
     ) -> Choice:  # fmt: skip
         """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
 
         Of `layouts`, if any. Raises Refused where none does, or where the library's own operation `fused` ("" for
         none) is faster, or, for a weight that need not be `packed`, what Inductor makes of a dequantization. A weight
-        packed `across` is dequantized, multiplied by, and the outputs put in order.
+        packed `across` is dequantized, multiplied by, and the outputs put in order. `apart`: see cost.inductor.
         """
         m = sympy.Symbol("m", positive=True, integer=True)
         priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
@@ -259,7 +261,7 @@ class Planner:
         # be faster by a margin to be left alone, and by more than launches: packed, the weight takes less memory.
         theirs = meanings.seconds(fused, priced, device)
         if not fused and not packed:
-            theirs = MARGIN * cost.inductor(dense.seconds, priced, device) + LAUNCHES * device.launch
+            theirs = MARGIN * cost.inductor(dense.seconds, priced, device, apart) + LAUNCHES * device.launch
         if theirs is not None:
             own = self._among([Candidate(fused or "inductor", "", theirs)], "", m_range, dense)
             if own.seconds <= best.seconds:
@@ -272,6 +274,12 @@ class Planner:
         pieces = cost.pieces(candidates, *m_range)
         seconds = cost.total(pieces, candidates, *m_range, self._workload)
         return Choice(seconds, layout, pieces, tuple(candidates), dense)
+
+
+def _apart(recovered: Recovered) -> bool:
+    """Whether the user's codes take a byte each, or more."""
+    codes = max((t.nbytes for t in recovered.sources if not t.is_floating_point()), default=0)
+    return codes >= len(recovered.formats) * recovered.n * recovered.k
 
 
 @contextlib.contextmanager
@@ -311,7 +319,8 @@ def _order(perm: Tensor, across: bool) -> Tensor:
 
 
 def _parts(w: QWeight, layouts: Sequence[str]) -> list[Tensor]:
-    return [part for layout in layouts for part in LAYOUTS[layout].pack(w)]
+    # Not as views of what they were laid out from: tracing would make a stand-in of that too.
+    return [part.data for layout in layouts for part in LAYOUTS[layout].pack(w)]
 
 
 def _rows(match: Match, x: Tensor) -> tuple[sympy.Expr, tuple[int, int | None]]:
