@@ -181,8 +181,8 @@ def _cut_to(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, int]:
         some = Block().part(t, low, high)
         out[low:high] = some
         extremes += torch.aminmax(some)
-    least, most = torch.aminmax(torch.stack(extremes))
-    return out, int(least), int(most)
+    least, most = torch.stack(torch.aminmax(torch.stack(extremes))).tolist()
+    return out, least, most
 
 
 def block_size(t: Tensor) -> int:
