@@ -97,7 +97,7 @@ def _compile(module: fx.GraphModule, inputs: Sequence[Any], config: Config, outc
             warnings.warn(f"lqcompile left a graph to Inductor: {type(error).__name__}: {error}", stacklevel=3)
         finally:
             del fakes
-    plain: Any = compile_fx(copy_module(module)[0], list(inputs), config_patches=patches)
+    plain: Any = compile_fx(copy_module(module), list(inputs), config_patches=patches)
     return plain
 
 
@@ -186,7 +186,7 @@ class Compiled:
         outcome = pipeline.run(self._module, args, self._config)
         for warning in outcome.warnings:
             warnings.warn(warning, stacklevel=3)
-        module = outcome.lowered.module if outcome.lowered else copy_module(self._module)[0]
+        module = outcome.lowered.module if outcome.lowered else copy_module(self._module)
         # Dynamo traces the lowered graph again, outside of the compilation that made it: shapes stay as dynamic.
         self._adopt(args, outcome, torch.compile(module, backend="inductor", options=dict(self._config.inductor)))
 

@@ -41,19 +41,21 @@ def dense(problem: Problem, device: Device, experts: int = 1) -> sympy.Expr:
     return device.launch + sympy.Max(start + times * read, work, evaluate=False)
 
 
-def inductor(matmul: sympy.Expr, problem: Problem, device: Device) -> sympy.Expr:
+def inductor(matmul: sympy.Expr, problem: Problem, device: Device, apart: bool = False) -> sympy.Expr:
     """Seconds, at the least, of what Inductor makes of a dequantization and then of `matmul`, the vendor's.
 
     Inductor fuses nothing into a vendor's matmul: a launch of its own reads the codes, at best as many bits as they
-    have, and writes the dense weight. Where it does fuse, into its own sum for one row, that takes longer than this:
+    have, or bytes where they were stored `apart`, and writes the dense weight. Where it does fuse, into its own sum for
+    one row, that takes longer than this:
     38 us for 4096 x 4096 on an H100.
     """
     f, size = problem.format, problem.n * problem.k
     if device.kind == "cpu":
-        work = WHOLE if (f.form, f.bits) == ("affine", 8) else DEQUANTIZED[f.form]
+        work = WHOLE if f.form == "affine" and (apart or f.bits == 8) else DEQUANTIZED[f.form]
         work = work * (f.bits if f.form == "binary" else 1) + HALVED * (problem.x_dtype.itemsize == 2)
         return device.launch + work * size / device.rate + matmul
-    return device.launch + (f.bits / 8 + problem.x_dtype.itemsize) * size / device.bandwidth + matmul
+    code = 1 if apart else f.bits / 8
+    return device.launch + (code + problem.x_dtype.itemsize) * size / device.bandwidth + matmul
 
 
 def sample(expression: sympy.Expr, ms: Sequence[int]) -> list[float]:

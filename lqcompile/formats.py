@@ -49,7 +49,7 @@ def validate(w: QWeight) -> QWeight:
     _expect("codes", w.codes, (w.n, w.k), (code_dtype,), w.codes.device)
     if w.codes.numel():
         low, high = code_range(f)
-        least, most = int(w.codes.min()), int(w.codes.max())
+        least, most = torch.stack(torch.aminmax(w.codes)).tolist()
         if least < low or most > high:
             raise ArgumentError("codes", f"[{least}, {most}]", f"codes from {low} to {high} for {f.bits} bits")
     wanted = parts_of(f)

@@ -78,7 +78,7 @@ def levelled(values: Tensor) -> Form | None:
         return None
     for part in flat.split(1 << 16):
         if levels.numel():
-            place = torch.searchsorted(levels, part).clamp_(max=levels.numel() - 1)
+            place = torch.searchsorted(levels, part).clamp(max=levels.numel() - 1)
             part = part[levels[place] != part]
         if part.numel():
             fresh = torch.unique(part[:4096])

@@ -111,12 +111,19 @@ class Slice:
     @functools.cached_property
     def only_torch(self) -> bool:
         """Whether nothing but PyTorch's own operations on plain tensors is in it: no code of a library is run."""
-        operations = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-        own = all(
-            not isinstance(n.target, operations) or str(n.target).partition(".")[0] in ("aten", "prims")
-            for n in self.nodes
-        )
+        own = all(n in self.leaves or _is_torch(n) for n in self.nodes)
         return own and not any(is_traceable_wrapper_subclass(fake_value(n)) for n in self.leaves)
+
+
+def _is_torch(node: fx.Node) -> bool:
+    """Whether a node calls a method, or a function of PyTorch or Python that calls no other code."""
+    target: Any = node.target
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(target).partition(".")[0] in ("aten", "prims")
+    if node.op != "call_function" or isinstance(target, torch._ops.HigherOrderOperator):
+        return node.op == "call_method"
+    module = getattr(target, "__module__", None) or getattr(getattr(target, "__self__", None), "__module__", None) or ""
+    return module.partition(".")[0] in ("torch", "_operator", "builtins", "math")
 
 
 class Constants:

@@ -2,7 +2,7 @@
 
 What a slice of the graph makes on the way to a weight [n, k] is elementwise, or moves elements about. A `Deferred`
 keeps the operation instead of its result; `Block.part` computes a part of it alone, through all the operations behind
-it. What cannot be cut is computed whole.
+it. What cannot be cut is computed whole. A `Tape` does all of it again for other tensors of the model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import Reason, Refused
 from . import cuts
 from .rules import RESHAPE, Operation
 
@@ -22,6 +23,8 @@ from .rules import RESHAPE, Operation
 # enough to keep it busy, and of a large tensor so many that a handful of blocks in float64 are as large as it is in
 # half precision.
 LEAST = 1 << 17
+# Elements of the largest tensor, computed whole, of which it is kept what made it.
+FEW = 1 << 12
 BLOCK = {"cpu": 1 << 17}
 BLOCK_ELSEWHERE, SHARE = 1 << 20, 20
 
@@ -29,17 +32,27 @@ _LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new
 
 
 @dataclass(eq=False)
-class Late:
-    """An operation that was not run yet, or (op is None) its result `value`. What it knows of its shape is `stand_in`.
+class Origin:
+    """Where deferred tensors come from. `lost`: something large was made of them of which it is not kept how."""
 
-    given    it is a tensor of the model, laid out as that is
+    lost: bool = False
+
+
+@dataclass(eq=False)
+class Late:
+    """An operation and, once it was run, its result `value`. What it knows of its shape is `stand_in`.
+
+    op       None for a tensor of the model, laid out as that is
+    whole    no rule cuts it; item: its place, where the operation gives several
     readers  how many others are made of it; makers: by axis, what computes a block
     """
 
     op: Operation | None
     stand_in: Tensor
+    origin: Origin
     value: Tensor | None = None
-    given: bool = False
+    whole: bool = False
+    item: int | None = None
     readers: int = 0
     makers: dict[int, cuts.Maker | None] = field(default_factory=dict)
 
@@ -66,10 +79,9 @@ class Deferred(Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         op = Operation.of(func, args, kwargs or {})
-        reduce = _REDUCTIONS.get(op.name) if func._overloadname in ("", "default") and not kwargs else None
-        if reduce is not None and len(op.tensors) == len(args) and args[0].numel() >= LEAST:
-            return reduce(*args)
-        if op.name.startswith("as_strided") and any(isinstance(t, Deferred) and not t.late.given for t in op.tensors):
+        if func._schema.is_mutable:
+            raise NotImplementedError(f"{op.name} of what is deferred")
+        if op.name.startswith("as_strided") and any(isinstance(t, Deferred) and t.late.op for t in op.tensors):
             # It looks beyond the elements of its operand, at memory that was never laid out.
             raise NotImplementedError(f"{op.name} of what is computed")
         if op.name in _LIKE:
@@ -80,12 +92,12 @@ class Deferred(Tensor):
             return postponed
         # Not all that arrives here was taken apart before.
         simpler = func.decompose(*args, **op.kwargs)
-        return _whole(op) if simpler is NotImplemented else simpler
+        return _kept(op, _whole(op)) if simpler is NotImplemented else simpler
 
 
-def defer(t: Tensor) -> Tensor:
+def defer(t: Tensor, origin: Origin | None = None) -> Tensor:
     """A tensor that is given: what is made of it is deferred."""
-    return Deferred(Late(None, _stand_in(t), t, given=True), t.device)
+    return Deferred(Late(None, _stand_in(t), origin or Origin(), t), t.device)
 
 
 def held(t: Tensor) -> Tensor:
@@ -93,34 +105,46 @@ def held(t: Tensor) -> Tensor:
     if not isinstance(t, Deferred):
         return t
     late = t.late
-    if late.op is not None:
-        axis = next((i for i, size in enumerate(t.shape) if size > 1 and _maker(t, i)), None)
-        if axis is None or t.numel() <= block_size(t):
-            late.value = _whole(late.op)
-        else:
-            # As strided as eager has it, for what asks for that.
-            reach = 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
-            dense = reach == t.numel() and 0 not in t.stride()
-            value = torch.empty_strided(t.shape, t.stride() if dense else _contiguous(t.shape), dtype=t.dtype,
-                                        device=t.device)  # fmt: skip
-            for low, high in spans(t, axis):
-                value.narrow(axis, low, high - low).copy_(Block().part(t, low, high, axis))
-            late.value = value
-        # The operands are not needed any more.
-        late.op, late.makers = None, {}
-    assert late.value is not None
+    if late.value is None:
+        late.value = _computed(t, late)
     return late.value
+
+
+def _computed(t: Deferred, late: Late) -> Tensor:
+    assert late.op is not None
+    axis = None
+    if t.numel() > block_size(t):
+        axis = next((i for i, size in enumerate(t.shape) if size > 1 and _maker(t, i)), None)
+    if axis is None:
+        made = _whole(late.op)
+        value: Tensor = made if late.item is None else made[late.item]
+        if (value.dtype, value.shape) != (t.dtype, t.shape):
+            raise Refused(Reason.UNSUPPORTED_OP, f"{late.op.name}: {tuple(value.shape)}, not {tuple(t.shape)}")
+    else:
+        # As strided as eager has it, for what asks for that.
+        reach = 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+        dense = reach == t.numel() and 0 not in t.stride()
+        value = torch.empty_strided(t.shape, t.stride() if dense else _contiguous(t.shape), dtype=t.dtype,
+                                    device=t.device)  # fmt: skip
+        for low, high in spans(t, axis):
+            value.narrow(axis, low, high - low).copy_(Block().part(t, low, high, axis))
+    for source in late.op.tensors:
+        # A large operand that nothing else is made of is not needed any more.
+        large = isinstance(source, Deferred) and min(t.numel(), source.numel()) >= LEAST
+        if large and source.late.op is not None and source.late.readers <= 1:
+            source.late.value = None
+    return value
 
 
 def settled(t: Tensor) -> Tensor:
     """A plain tensor for one that is computed already, or is small."""
-    return held(t) if isinstance(t, Deferred) and (t.late.op is None or t.numel() < LEAST) else t
+    return held(t) if isinstance(t, Deferred) and (t.late.value is not None or t.numel() < LEAST) else t
 
 
 def unrepeated(t: Tensor) -> tuple[Tensor, int]:
     """A matrix as another [n, k/r] of which every element is repeated r times in its row, and r: 1 if none is known."""
     wide = t
-    while isinstance(wide, Deferred) and wide.late.op is not None:
+    while isinstance(wide, Deferred) and wide.late.op is not None and wide.late.value is None:
         op, source = wide.late.op, wide.late.op.args[0]
         if op.name == "expand" and wide.ndim > 1 and source.ndim and source.shape[-1] == 1 < wide.shape[-1]:
             repeat, rows = wide.shape[-1], source.expand(*wide.shape[:-1], 1)
@@ -157,8 +181,8 @@ def _cut_to(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, int]:
         some = Block().part(t, low, high)
         out[low:high] = some
         extremes += torch.aminmax(some)
-    least, most = torch.aminmax(torch.stack(extremes))
-    return out, int(least), int(most)
+    least, most = torch.stack(torch.aminmax(torch.stack(extremes))).tolist()
+    return out, least, most
 
 
 def block_size(t: Tensor) -> int:
@@ -182,7 +206,7 @@ class Block:
 
     def part(self, t: Tensor, low: int, high: int, axis: int = 0) -> Tensor:
         """The places of an axis from `low` to `high`."""
-        if not isinstance(t, Deferred) or t.late.op is None:
+        if not isinstance(t, Deferred) or t.late.value is not None:
             return held(t).narrow(axis, low, high - low)
         key = (id(t.late), axis, low, high)
         found = self._made.get(key)
@@ -201,7 +225,7 @@ class Block:
 
     def spare(self, t: Tensor) -> bool:
         """Whether a part that was just given is read by nobody else, and may be written to."""
-        if not isinstance(t, Deferred) or t.late.op is None:
+        if not isinstance(t, Deferred) or t.late.value is not None or t.late.op is None:
             return False
         return t.late.readers <= 1 and t.late.op.name in cuts.FRESH
 
@@ -210,7 +234,7 @@ def _maker(t: Deferred, axis: int) -> cuts.Maker | None:
     late = t.late
     if axis not in late.makers:
         assert late.op is not None
-        late.makers[axis] = cuts.maker(late.op, late.stand_in, axis)
+        late.makers[axis] = None if late.whole else cuts.maker(late.op, late.stand_in, axis)
     return late.makers[axis]
 
 
@@ -234,7 +258,7 @@ def _postpone(op: Operation) -> Tensor | None:
     same = (stand_in.dtype, stand_in.shape, stand_in.stride()) == (first.dtype, first.shape, first.stride())
     if same and op.name in {*cuts.CASTS, *RESHAPE, *cuts.VIEWS}:
         return Deferred(first.late, first.device)
-    made = Deferred(Late(op, stand_in), first.device)
+    made = Deferred(Late(op, stand_in, first.late.origin), first.device)
     if stand_in.numel() < LEAST:
         held(made)
     else:
@@ -273,9 +297,27 @@ _UNKNOWN = torch.empty(0, device="meta")
 
 
 def _whole(op: Operation) -> Any:
-    """The result of an operation, computed at once."""
+    """The result of an operation, computed at once, of a large tensor by blocks if it can be."""
+    reduce = _REDUCTIONS.get(op.name) if op.func._overloadname in ("", "default") and not op.kwargs else None
+    if reduce is not None and len(op.tensors) == len(op.args) and op.args[0].numel() >= LEAST:
+        return reduce(*op.args)
     args, kwargs = op.map(lambda x: held(x) if isinstance(x, Tensor) else x)
     return op.func(*args, **kwargs)
+
+
+def _kept(op: Operation, made: Any) -> Any:
+    """Results that were computed at once, with what made them if they are small."""
+    origin = next(t.late.origin for t in op.tensors if isinstance(t, Deferred))
+
+    def kept(t: Any, item: int | None) -> Any:
+        if isinstance(t, Tensor) and t.numel() <= FEW:
+            return Deferred(Late(op, _stand_in(t), origin, t, whole=True, item=item), t.device)
+        origin.lost |= isinstance(t, (Tensor, list, tuple))
+        return t
+
+    if isinstance(made, (list, tuple)):
+        return [kept(t, i) for i, t in enumerate(made)]
+    return kept(made, None)
 
 
 def _stand_in(t: Tensor) -> Tensor:

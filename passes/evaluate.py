@@ -22,9 +22,10 @@ from . import deferred
 from .algebra import Form
 from .constants import Trail
 from .deferred import held, settled
-from .trace import FP8, Evaluation, Watch, known, real
+from .tape import Tape
+from .trace import FP8, Evaluation, Watch, given, known, real
 
-__all__ = ["FP8", "Weight", "evaluate", "identity", "undisturbed"]
+__all__ = ["FP8", "Weight", "evaluate", "identity", "played", "recorded", "undisturbed"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ def evaluate(
 
     `trail` is what `compute` notes its way on.
     """
+    return recorded(compute, leaves, probe, trail)[0]
+
+
+def recorded(
+    compute: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], probe: Tensor | None = None,
+    trail: Trail | None = None,
+) -> tuple[list[Weight], Tape[list[Weight]] | None]:  # fmt: skip
+    """As `evaluate`, with what does the same for other leaves; None where that may not be what eager does with them."""
     trail = trail or Trail()
     flat, rebuild = _flatten(leaves)
     with undisturbed():
@@ -66,7 +75,19 @@ def evaluate(
                 results = [_plain(t) for t in results]
         except RuntimeError as error:
             raise Refused(Reason.UNSUPPORTED_OP, f"{trail.node}: {error}"[:200]) from error
-        return [_weight(run, t) for t in results]
+        weights = [_weight(run, t) for t in results]
+        # Code that read a number may do something else with another; of a library's tensor more counts than what it
+        # holds.
+        same = large and probe is None and not (run.read or run.origin.lost)
+        same = same and not any(is_traceable_wrapper_subclass(t) for t in leaves)
+        tape = Tape([real(t) for t in inner], [p for w in weights for p in _pieces(w)], weights.copy) if same else None
+        return [_settled(w) for w in weights], tape
+
+
+def played(tape: Tape[list[Weight]], leaves: Sequence[Tensor]) -> list[Weight]:
+    """The weights that a tape makes of other leaves. Raises Refused."""
+    with undisturbed():
+        return [_settled(w) for w in tape.play([given(t) for t in leaves])]
 
 
 def _plain(t: Tensor) -> Tensor:
@@ -119,13 +140,25 @@ def _weight(run: Evaluation, t: Tensor) -> Weight:
     """What is known of a result."""
     value, native, trail = known(t), real(t), run.trail
     shadow = value.shadow if value.shadow is not None else native.to(torch.float64)
-    form = run.form(t)
+    return Weight(
+        native, shadow, run.form(t), value.lowbit, value.roundoff, trail.lost, trail.form, trail.fused
+    )  # fmt: skip
+
+
+def _pieces(weight: Weight) -> list[Tensor]:
+    """Every tensor of a weight."""
+    form = weight.form
+    terms = [p for term in form.terms for p in (term.coef, term.codes, term.levels) if p is not None]
+    return [weight.native, weight.shadow, form.offset, *terms]
+
+
+def _settled(weight: Weight) -> Weight:
+    """With plain tensors for what is computed already, or is small."""
+    form = weight.form
     terms = [
         replace(term, coef=settled(term.coef), codes=settled(term.codes),
                 levels=None if term.levels is None else held(term.levels))
         for term in form.terms
     ]  # fmt: skip
     form = replace(form, terms=tuple(terms), offset=settled(form.offset))
-    return Weight(
-        settled(native), settled(shadow), form, value.lowbit, value.roundoff, trail.lost, trail.form, trail.fused
-    )  # fmt: skip
+    return replace(weight, native=settled(weight.native), shadow=settled(weight.shadow), form=form)

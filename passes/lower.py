@@ -38,27 +38,36 @@ class Lowered:
     stands_for: dict[fx.Node, fx.Node]
 
 
-def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A copy of Dynamo's graph with all that it notes beside it, and the copy of each node."""
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of Dynamo's graph with all that it notes beside it."""
+    return _module(module, _copy(module)[0])
+
+
+def _copy(module: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of Dynamo's graph, and of each node."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         copies[node] = copy = graph.node_copy(node, copies.__getitem__)
         if hasattr(node, "_dynamo_source"):
             copy._dynamo_source = node._dynamo_source
+    return graph, copies
+
+
+def _module(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module of `graph`, with what Dynamo notes beside that of `module`. It writes the graph's code, so only once."""
     new = fx.GraphModule(module, graph)
     new.meta = dict(module.meta)
     for name in ("_param_name_to_source", "_backend_id"):
         if hasattr(module, name):
             value = getattr(module, name)
             setattr(new, name, dict(value) if isinstance(value, dict) else value)
-    return new, copies
+    return new
 
 
 def lower(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan]) -> Lowered:
     """The lowered copy of `module`."""
-    new, copies = copy_module(module)
-    graph = new.graph
+    graph, copies = _copy(module)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     # Of the graph's own values: Dynamo hands its backends another mode in the tracing context.
     fakes = map(fake_value, module.graph.nodes)
@@ -81,8 +90,8 @@ def lower(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan]) -
             graph.erase_node(copies[node])
         else:
             kept.append(i)
+    new = _module(module, graph)
     graph.lint()
-    new.recompile()
     return Lowered(new, tuple(inputs.tensors), tuple(kept), tuple(emitted), stands_for)
 
 

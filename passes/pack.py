@@ -97,4 +97,5 @@ def _order(perm: Tensor, across: bool) -> Tensor:
 
 
 def _parts(w: QWeight, layouts: Sequence[str]) -> list[Tensor]:
-    return [part for layout in layouts for part in LAYOUTS[layout].pack(w)]
+    # Not as views of what they were laid out from: tracing would make a stand-in of that too.
+    return [part.data for layout in layouts for part in LAYOUTS[layout].pack(w)]

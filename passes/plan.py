@@ -25,6 +25,7 @@ from .constants import fake_value
 from .evaluate import undisturbed
 from .merge import Bundle, bias_of, join, join_biases, widest
 from .pack import Packed, adjoined, pack
+from .prove import Recovered
 from .recognise import Match
 
 # How much faster something must be to be worth more memory; and by how many launches, where time is little else.
@@ -188,7 +189,7 @@ class Planner:
         own = (recovered.layout,) if recovered.layout else ()
         found = self._chosen(
             problem, formats, m_range, device, fused=recovered.fused, across=recovered.across, layouts=own,
-            packed=bool(own), experts=match.places if given else 0,
+            packed=bool(own), experts=match.places if given else 0, apart=_apart(recovered),
         )  # fmt: skip
         return found, m, m_range, device
 
@@ -219,13 +220,13 @@ class Planner:
 
     def _choose(
         self, problem: Problem, formats: Sequence[Format], m_range: tuple[int, int | None], device: Device, fused: str,
-        layouts: Sequence[str] = (), packed: bool = False, across: bool = False, experts: int = 0,
+        layouts: Sequence[str] = (), packed: bool = False, across: bool = False, experts: int = 0, apart: bool = False,
     ) -> Choice:  # fmt: skip
         """The layout, and in it the kernels, that are the fastest for `problem` among those that take all `formats`.
 
         Of `layouts`, if any. Raises Refused where none does, or where the library's own operation `fused` ("" for
         none) is faster, or, for a weight that need not be `packed`, what Inductor makes of a dequantization. A weight
-        packed `across` is dequantized, multiplied by, and the outputs put in order.
+        packed `across` is dequantized, multiplied by, and the outputs put in order. `apart`: see cost.inductor.
         """
         m = sympy.Symbol("m", positive=True, integer=True)
         priced = Problem(m, problem.m_range, problem.n, problem.k, problem.format, problem.x_dtype, problem.device)
@@ -260,7 +261,7 @@ class Planner:
         # be faster by a margin to be left alone, and by more than launches: packed, the weight takes less memory.
         theirs = meanings.seconds(fused, priced, device)
         if not fused and not packed and not experts:
-            theirs = MARGIN * cost.inductor(dense.seconds, priced, device) + LAUNCHES * device.launch
+            theirs = MARGIN * cost.inductor(dense.seconds, priced, device, apart) + LAUNCHES * device.launch
         if theirs is not None:
             own = self._among([Candidate(fused or "inductor", "", theirs)], "", m_range, dense)
             if own.seconds <= best.seconds:
@@ -273,6 +274,12 @@ class Planner:
         pieces = cost.pieces(candidates, *m_range)
         seconds = cost.total(pieces, candidates, *m_range, self._workload)
         return Choice(seconds, layout, pieces, tuple(candidates), dense)
+
+
+def _apart(recovered: Recovered) -> bool:
+    """Whether the user's codes take a byte each, or more."""
+    codes = max((t.nbytes for t in recovered.sources if not t.is_floating_point()), default=0)
+    return codes >= len(recovered.formats) * recovered.n * recovered.k
 
 
 @contextlib.contextmanager

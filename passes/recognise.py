@@ -19,8 +19,9 @@ from ..kernels.registry import X_DTYPES
 from ..types import NearMiss, Where
 from .canonicalize import Contraction, Roles, contraction, qualified_name, roles
 from .constants import Constants, Slice, Trail, fake_value, run, target_name
-from .evaluate import FP8, evaluate, identity, undisturbed
+from .evaluate import FP8, Weight, identity, recorded, undisturbed
 from .prove import Reader, Recovered
+from .tape import Tape
 from .whereabouts import where
 
 LOW_BIT = (
@@ -250,11 +251,22 @@ class Recogniser:
             width, x_dtype = _size(c.sizes(w), r.k), fake_value(x).dtype
             given = [self.constants.values[n] for n in nodes]
 
-            def recover(sources: Sequence[Tensor]) -> Recovered:
+            # A library's code may compile something, which waits for the compilation that this is part of.
+            ours = all(s.only_torch for s in cuts) and not c.fused
+
+            def evaluated(sources: Sequence[Tensor]) -> tuple[list[Weight], Tape[list[Weight]] | None]:
                 probe = identity(width, x_dtype, sources[0].device) if through else None
                 trail.lost = trail.form = trail.fused = ""
+                return recorded(compute, sources, probe, trail)
+
+            def recover(sources: Sequence[Tensor]) -> Recovered:
                 with undisturbed():
-                    return reader.read(evaluate(compute, sources, probe, trail), sources, key, passed, recover)
+                    found = reader.read_as_before(sources, key, recover) if ours else None
+                    if found is None:
+                        weights, tape = evaluated(sources)
+                        found = reader.read(weights, sources, key, passed, recover)
+                        reader.keep(tape if ours else None, key)
+                    return found
 
             def read() -> None:
                 try:
@@ -264,8 +276,6 @@ class Recogniser:
                     self._seen[known] = refusal.with_traceback(None), passed
 
             if self._ahead is not None:
-                # A library's code may compile something, which waits for the compilation that this is part of.
-                ours = all(s.only_torch for s in cuts) and not c.fused
                 if ours and max((t.nbytes for t in given if t.device.type == "cpu"), default=0) >= READ_AHEAD:
                     self._ahead[known] = read
                 raise Refused(Reason.PASS_FAILED, "not read yet")

@@ -18,7 +18,7 @@ from ..formats import UNIT_ROUNDOFF
 from . import algebra, meanings, rules
 from .algebra import Form
 from .constants import Trail, plain
-from .deferred import defer
+from .deferred import Origin, defer
 from .rules import Operation
 
 FP8 = (
@@ -101,16 +101,17 @@ class Traced(Tensor):
 
 
 class Evaluation:
-    """Computes on `Traced` tensors: the real result, and what is known of it."""
+    """Computes on `Traced` tensors: the real result, and what is known of it.
+
+    `read` tells whether the traced code asked for a number that was computed.
+    """
 
     def __init__(self, trail: Trail) -> None:
-        self.trail = trail
+        self.trail, self.origin, self.read = trail, Origin(), False
 
     def leaf(self, t: Tensor, large: bool = False) -> Traced:
         """A tensor of the model; `large`: what is made of it is to be deferred."""
-        # An alias: what is computed must not be seen on the user's own object.
-        t = plain(t).detach()
-        t = defer(t) if large else t
+        t = defer(given(t), self.origin) if large else given(t)
         low = not t.is_floating_point() or t.dtype in FP8
         return Traced(t, Value(*leaf_facts(t), low), self)
 
@@ -155,6 +156,7 @@ class Evaluation:
             return self._noted(op, concrete, [out], False)[0]
         if isinstance(out, (list, tuple)) and all(isinstance(t, Tensor) for t in out):
             return type(out)(self._noted(op, concrete, list(out), True))
+        self.read = True
         return out
 
     def _weighed(self, op: Operation, meaning: meanings.Meaning) -> Tensor:
@@ -290,6 +292,11 @@ class Evaluation:
             return result if item is None else result[item]
 
         return algebra.moved(form, shape, move) if form.terms else None
+
+
+def given(t: Tensor) -> Tensor:
+    """A tensor of the model as an alias: what is computed must not be seen on the user's own object."""
+    return plain(t).detach()
 
 
 def real(x: Any) -> Any:

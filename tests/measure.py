@@ -1,6 +1,6 @@
 """What README's table of measurements states, measured again: `python -m tests.measure WHAT`: compile, explain,
-freshness, kernel (the C++ of one), memory (of a converted model), plan, recognise (224 linears; --device cuda),
-sentences (MiniLM) or parallel (decode of Llama-3-70B's shape on several devices).
+freshness, kernel (the C++ of one), memory (of a converted model), plan, recognise (224 linears, and all passes;
+--device cuda), sentences (MiniLM) or parallel (decode of Llama-3-70B's shape on several devices).
 
 Every figure is a ratio, or a difference, within one run: candidates take turns, medians are printed.
 """
@@ -247,8 +247,12 @@ def sentences(repeats: int) -> None:
         )
 
 
-# Outputs of gate and up, and inputs of the others, of 32 blocks: as in MiniLM-L12, and as wide as Llama-1B.
-SIZES = {"small": (384, 1536), "large": (2048, 5632)}
+# Outputs of gate and up, and inputs of the others, of 32 blocks: as in MiniLM-L12, as wide as Llama-1B, and, on a GPU,
+# as Llama-3-8B.
+SIZES = {"small": (384, 1536), "large": (2048, 5632), "8b": (4096, 14336)}
+# What makes the CPU wait for a GPU, and what starts work on it.
+WAITS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 
 class Wide(nn.Module):
@@ -280,6 +284,7 @@ def recognising(name: str, device: str, repeats: int) -> None:
         torch.compile(model, backend=keep)(torch.randn(1, dim, device=device, dtype=dtype))
         one = Dequant(hidden, dim, 128).to(dtype).to(device)
         torch.compile(one, backend=keep)(torch.randn(1, dim, device=device, dtype=dtype))
+        torch.compile(model[:4], backend=keep)(torch.randn(1, dim, device=device, dtype=dtype))
 
     threads = torch.get_num_threads()
 
@@ -287,7 +292,7 @@ def recognising(name: str, device: str, repeats: int) -> None:
         constants = Constants(module.graph, pipeline.static_values(module, inputs))
         return Recogniser(module, constants, strict=True, threads=threads)
 
-    whole, single = graphs
+    whole, single, part = graphs
     for _ in range(repeats):
         ready = recogniser(*whole, threads)
         start, busy = time.perf_counter(), time.process_time()
@@ -296,9 +301,23 @@ def recognising(name: str, device: str, repeats: int) -> None:
         spent, busy = time.perf_counter() - start, time.process_time() - busy
         print(
             f"{name} on {device}: {spent:.2f} s ({busy:.2f} s of CPU) for {sum(isinstance(m, Match) for m in found)} "
-            f"linears of {weights / 1e6:.0f} M weights in all, {ready.reader.analysed} analysed, {threads} threads",
+            f"linears of {weights / 1e6:.0f} M weights in all, {ready.reader.analysed} analysed, "
+            f"{ready.reader.played} as before, {threads} threads",
             flush=True,
         )
+        del found, ready
+    for _ in range(repeats):
+        outcome = pipeline.run(*whole, lqcompile.config.make(None, {}))
+        print(", ".join(f"{step} {seconds:.2f} s" for step, seconds, _ in outcome.passes), flush=True)
+        del outcome
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    with torch.profiler.profile(activities=activities) as profile:
+        linears = len(recogniser(*part).run())
+    count = {event.key: event.count / linears for event in profile.key_averages()}
+    calls = sum(n for key, n in count.items() if key.startswith("aten::"))
+    waits, launches = (sum(count.get(key, 0) for key in keys) for keys in (WAITS, LAUNCHES))
+    print(f"a linear: {calls:.0f} calls of aten, {launches:.0f} launches, {waits:.1f} waits", flush=True)
     most = peak(recogniser(*single).run, device)
     dense = hidden * dim * dtype.itemsize
     print(f"peak for {hidden} x {dim}: {most / 1e6:.1f} MB, dense in {dtype}: {dense / 1e6:.1f} MB")
@@ -375,7 +394,7 @@ def main() -> None:
     elif given.what == "plan":
         planning(given.repeats)
     elif given.what == "recognise":
-        for name in SIZES:
+        for name in SIZES if given.device == "cuda" else ("small", "large"):
             recognising(name, given.device, given.repeats)
     elif given.what == "parallel":
         decode_parallel.measure(given.ranks, given.device, given.layers, given.eager, given.repeats, given.limit)

@@ -104,6 +104,27 @@ def test_the_decision_says_so():
     ]
 
 
+class Nibbles(Across):
+    """The same codes, two a byte."""
+
+    def __init__(self, n, k) -> None:
+        super().__init__(n, k)
+        low, high = self.codes.chunk(2)
+        self.codes = low | high << 4
+
+    def weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        codes = torch.cat([self.codes & 15, self.codes >> 4]).to(self.scale.dtype)
+        return ((codes - self.zero) * self.scale).view(self.size)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Across, Reason.SLOWER), (Nibbles, None)])
+def test_codes_of_a_byte_each_are_left_to_inductor_on_a_cpu(kind, reason):
+    # It has nothing to unpack, and multiplies by as dense a weight.
+    with torch.no_grad():
+        (decision,) = decided(kind(2048, 1024).eval(), rows(1, 1024))
+    assert decision.reason is reason
+
+
 def test_outputs_in_place_are_not_moved():
     with torch.no_grad():
         (apart,), (near,) = (decided(Across(128, 32, near=near).eval(), rows(3, 32)) for near in (False, True))

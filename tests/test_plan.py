@@ -104,6 +104,10 @@ def test_inductor_reads_codes_and_writes_a_dense_weight_before_it_multiplies():
     assert cost.sample(cost.inductor(cost.dense(problem(), device), problem(), device), [1])[0] == pytest.approx(
         dense + device.launch + moved
     )
+    # Codes that were stored a byte each are read so.
+    apart = cost.inductor(cost.dense(problem(), device), problem(), device, apart=True)
+    more = 4096 * 4096 * 0.5 / device.bandwidth
+    assert cost.sample(apart, [1])[0] == pytest.approx(dense + device.launch + moved + more)
 
 
 def test_a_kept_matmul_says_so_and_computes_the_same(monkeypatch):

@@ -63,10 +63,8 @@ def _integer(codes: Tensor, scale: Tensor, groups: Groups, n: int, k: int) -> QW
     """Codes that count from an integer: signed where that takes no more bits, else with a zero for each group."""
     if codes.numel() == 0:
         return _finish(codes, 1, "none", scale, None, groups, n, k)
-    low, high = (extreme.to(torch.int32) for extreme in torch.aminmax(codes, dim=-1))
-    least, most = int(low.min()), int(high.max())
+    low, high, least, most, span = _extremes(codes)
     signed = max(1, most.bit_length() + 1 if most >= 0 else 1, (-least - 1).bit_length() + 1 if least < 0 else 1)
-    span = int((high - low).max())
     bits = _bits(span)
     if signed <= bits:
         return _finish(codes, signed, "none", scale, None, groups, n, k)
@@ -74,6 +72,14 @@ def _integer(codes: Tensor, scale: Tensor, groups: Groups, n: int, k: int) -> QW
     zero = torch.minimum((-low).clamp(min=0), (1 << bits) - 1 - high)
     codes = _counted_from(codes, -zero)
     return _finish(codes, bits, "int", scale, zero.to(torch.int16), groups, n, k)
+
+
+def _extremes(codes: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
+    """The least and the greatest code of each group, and of all; and the widest range of a group."""
+    # On a CPU two passes take a quarter of the time of aminmax along the last axis.
+    low, high = codes.amin(-1).to(torch.int32), codes.amax(-1).to(torch.int32)
+    least, most, span = torch.stack([low.min(), high.max(), (high - low).max()]).tolist()
+    return low, high, least, most, span
 
 
 def _counted_from(codes: Tensor, low: Tensor) -> Tensor:
@@ -84,9 +90,8 @@ def _counted_from(codes: Tensor, low: Tensor) -> Tensor:
 
 def _shifted(codes: Tensor, scale: Tensor, shift: Tensor, groups: Groups, n: int, k: int) -> QWeight:
     """codes * scale + offset: the zero is whatever number makes it so."""
-    low, high = (extreme.to(torch.int32) for extreme in torch.aminmax(codes, dim=-1))
-    bits = _bits(int((high - low).max()))
-    least, most = int(low.min()), int(high.max())
+    low, _, least, most, span = _extremes(codes)
+    bits = _bits(span)
     if (1 << bits) > most - least:
         low = torch.full_like(low, 0 if least >= 0 and most < (1 << bits) else least)
     codes = _counted_from(codes, low)
