@@ -138,22 +138,28 @@ def recorded(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     return graph.replay, out
 
 
-def stepper(model: nn.Module, device: torch.device, eager: bool) -> Callable[[Tensor], Tensor]:
-    """One step as it is timed: compiled unless `eager` and, on a GPU, recorded as a CUDA graph."""
-    step = model if eager else torch.compile(model, backend="lq", fullgraph=True, dynamic=False)
-    token = torch.zeros(1, dtype=torch.int64, device=device)
-    if device.type != "cuda":
-        # So that it is compiled.
-        step(token)
-        return step
-    replay, logits = recorded(lambda: step(token))
+class Step:
+    """One step as it is timed: compiled unless `eager` and, on a GPU, recorded as a CUDA graph.
 
-    def run(given: Tensor) -> Tensor:
-        token.copy_(given)
-        replay()
-        return logits
+    Called with a token, int64 [1]; the logits are overwritten by the next call.
+    """
 
-    return run
+    def __init__(self, model: nn.Module, device: torch.device, eager: bool) -> None:
+        # A graph knows its weights by their addresses alone: they live as long as this does.
+        self._step = model if eager else torch.compile(model, backend="lq", fullgraph=True, dynamic=False)
+        self._token, self._replay = torch.zeros(1, dtype=torch.int64, device=device), None
+        if device.type == "cuda":
+            self._replay, self._logits = recorded(lambda: self._step(self._token))
+        else:
+            # So that it is compiled.
+            self._step(self._token)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        if self._replay is None:
+            return self._step(token)
+        self._token.copy_(token)
+        self._replay()
+        return self._logits
 
 
 def decode(step: Callable[[Tensor], Tensor], device: torch.device, given: Tensor | None) -> Tensor:
@@ -244,14 +250,14 @@ class Rank:
                 )
             del step
 
-    def made(self, mesh: DeviceMesh | None, one_shot: bool) -> Callable[[Tensor], Tensor]:
+    def made(self, mesh: DeviceMesh | None, one_shot: bool) -> Step:
         """The step of a model of its own; of the one before nothing is left."""
         torch._dynamo.reset()
         gc.collect()
         model = Decoder(self.shape, self.layers, self.device, mesh, one_shot)
         held = sum(t.nbytes for t in model.buffers())
         self.say(f"made, {held / 1e9:.1f} GB on this rank")
-        step = stepper(model, self.device, self.eager)
+        step = Step(model, self.device, self.eager)
         self.say("compiled")
         return step
 

@@ -34,7 +34,7 @@ def test_equal_operations_become_the_first():
 def test_what_only_looks_equal_stays():
     def function(x):
         zeros = torch.full_like(x, 0.0), torch.full_like(x, -0.0)
-        drawn = torch.rand_like(x), torch.rand_like(x)
+        drawn = torch.rand_like(x), torch.rand_like(x), torch.empty_like(x), torch.empty_like(x)
         before = x.sin()
         x.add_(1)
         return [t * 2 for t in (*zeros, *drawn, before, x.sin(), x + 1, x + True)]
