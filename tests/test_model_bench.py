@@ -177,7 +177,7 @@ def test_the_time_limit_leaves_the_rest_out(run, uncompiled):
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("--model", "mixtral-8x7b", "llama3-8b | llama3-70b"),
+        ("--model", "mixtral-8x22b", "llama3-8b | llama3-70b"),
         ("--bits", "four", "at least 1"),
         ("--group", "0", "at least 1"),
         ("--method", "gptq", "rtn | nf4 | bcq"),
