@@ -61,6 +61,18 @@ def test_gate_and_up_of_experts_are_one_op():
         assert not options or {p.kernel for d in found.values() for p in d.pieces} == {"quick"}
 
 
+@pytest.mark.parametrize("how", [{}, {"method": "bcq", "bits": 3}, {"method": "nf4"}, {"symmetric": True}])
+@torch.no_grad()
+def test_a_converted_mixture_runs_packed(how):
+    layer, x = mixture("cpu", **how), torch.randn(5, SMALL.hidden).bfloat16()
+    wanted = layer(x)
+    layer = lqcompile.convert(layer, x)
+    with lqcompile.backend.recording() as reports:
+        y = torch.compile(layer, backend="lq", fullgraph=True, options={"strict": True})(x)
+    assert off(y, wanted) < 0.02
+    assert [(report.rewritten, report.kept) for report in reports] == [(3, 1)]
+
+
 class Batched(nn.Module):
     """The weights of experts as a library spells them, in one of several forms."""
 
