@@ -164,6 +164,26 @@ def test_as_many_rows_for_each_expert(spelled, dynamic, device):
         assert [d.problem["experts"] for d in report.decisions if d.outcome == "rewritten"] == [4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_grouped_matmuls_of_transformers(dtype):
+    from transformers.integrations import moe
+
+    class Theirs(Experts):
+        def forward(self, x, ends):
+            w = self.stacked.weight.to(x.dtype).unflatten(0, (self.experts, -1)).transpose(1, 2)
+            return moe._grouped_mm(x, w, ends)
+
+    layer = made(lambda: Theirs(4, 64, 96), torch.device("cpu"), dtype)
+    layer = lqcompile.quantize(layer, bits=4, group=32)
+    x, ends = torch.randn(7, 96, dtype=dtype), torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+    compiled = torch.compile(layer, backend="lq", fullgraph=True, options={"strict": True})
+    with lqcompile.backend.recording() as reports:
+        y = compiled(x, ends)
+    assert off(y, layer(x, ends)) < 0.02
+    assert [d.problem.get("experts") for report in reports for d in report.decisions] == [4]
+
+
 @torch.no_grad()
 def test_what_is_not_one_op_for_experts_stays():
     """Outputs that fill no tile, gradients, and weights that nobody quantized."""
