@@ -102,6 +102,7 @@ def _measured(
     # Twice what eager's own roundings make of it, and one of the result.
     allowed = 2 * max(relative(layers["dense"](x), y) for x, y in zip(xs, exact, strict=True))
     allowed += torch.finfo(DTYPE).eps
+    torch._dynamo.reset()
     rows: list[Row] = []
     runs: dict[str, list[Callable[[], object]]] = {}
     for way in COMPARED:
@@ -153,7 +154,6 @@ def _compiled(
     way: str, layer: nn.Module, xs: Sequence[Tensor], exact: Sequence[Tensor], row: Row
 ) -> tuple[Row, Callable[[Tensor], Tensor]]:
     """One way, compiled and checked on all of `xs`."""
-    torch._dynamo.reset()
     compiled = torch.compile(layer, backend=WAYS[way].backend, fullgraph=True, dynamic=False)
     with fresh_cache(), backend.recording() as reports:
         start = time.perf_counter()

@@ -28,7 +28,8 @@ class Contraction:
 
     The bias broadcasts against y, or, with `bias_along_n`, is one number for each output feature. `fused`: the
     operation reads a packed weight in `b`, whose shape says nothing. `ends`: `b` holds a weight for each expert, along
-    its label "E", and each row of a is multiplied by one of them: expert e's rows end at ends[e].
+    its label "E", and each row of a is multiplied by one of them: expert e's rows end at ends[e]. Or, in place of
+    `ends`, `ids` along the labels `chosen` say whose weight it is, as `picked` was picked from b.
     """
 
     node: fx.Node
@@ -43,6 +44,14 @@ class Contraction:
     bias_along_n: bool = False
     fused: bool = False
     ends: fx.Node | None = None
+    ids: fx.Node | None = None
+    chosen: Labels = ()
+    picked: fx.Node | None = None
+
+    @property
+    def routing(self) -> fx.Node | None:
+        """What says whose weight each row is multiplied by, None where there is one weight or one for each place."""
+        return self.ids if self.ends is None else self.ends
 
     def sizes(self, operand: fx.Node) -> dict[str, Any]:
         """The size of each label of an operand."""
@@ -75,7 +84,7 @@ def roles(c: Contraction, weight: fx.Node) -> Roles:
     y = c.y_labels
     if len(set(x)) != len(x) or len(set(w)) != len(w):
         raise Refused(Reason.UNSUPPORTED_SPELLING, c.node.name)
-    batch = ("E",) if c.ends is not None else tuple(label for label in w if label in x and label in y)
+    batch = ("E",) if c.routing is not None else tuple(label for label in w if label in x and label in y)
     m = tuple(label for label in x if label not in w and label[-1] != "!")
     n = tuple(label for label in w if label not in (*x, *batch) and label[-1] != "!")
     k = tuple(label for label in w if label in x and label not in y)

@@ -18,6 +18,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..kernels import ops
+from .canonicalize import Contraction
 from .constants import Constants, fake_value, storage_of, written
 from .pack import Packed
 from .plan import Plan
@@ -157,7 +158,9 @@ def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx
         and tuple(fake_value(bias).shape) == (n,)
     ):
         fused, bias = _cast(emit, bias, match.dtype), None
-    if plan.experts:
+    if c.ids is not None:
+        y = _of_picked(plan, emit, inputs, nodes, x)
+    elif plan.experts:
         y = _of_experts(plan, emit, inputs, nodes, x)
     elif r.batch:
         rows = [_gemm(plan, p, emit, inputs, emit("select", x, 0, i), None) for i, p in enumerate(plan.packed)]
@@ -171,7 +174,8 @@ def _matmul(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx
     elif len(r.n) > 1:
         w = c.a if match.x is c.b else c.b
         y = emit("unflatten", y, -1, _sizes(r.w_labels, fake_value(w), r.n))
-    order = [(*r.batch, *r.m, *r.n).index(label) for label in r.y_labels]
+    lead = (*r.batch, *r.m) if c.ids is None else (*c.chosen, *(label for label in r.m if label not in c.chosen))
+    order = [(*lead, *r.n).index(label) for label in r.y_labels]
     if order != sorted(order):
         y = emit("permute", y, order)
     if c.alpha != 1:
@@ -205,13 +209,15 @@ def _together(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, 
 
 def _operand(plan: Plan, emit: _Emitter, x: fx.Node) -> fx.Node:
     """x as [batch?, m..., k], in the dtype that the match is computed in."""
-    r = plan.match.roles
+    r, c = plan.match.roles, plan.match.contraction
     dropped = [i for i, label in enumerate(r.x_labels) if label[-1] == "!"]
     labels = [label for label in r.x_labels if label[-1] != "!"]
     if dropped:
         x = emit("squeeze", x, dropped)
-    batch = r.batch if plan.match.contraction.ends is None else ()
-    order = [labels.index(label) for label in (*batch, *r.m, *r.k)]
+    batch = r.batch if c.routing is None else ()
+    # What picks weights first, in its order.
+    m = sorted(r.m, key=lambda label: c.chosen.index(label) if label in c.chosen else len(c.chosen))
+    order = [labels.index(label) for label in (*batch, *m, *r.k)]
     if order != sorted(order):
         x = emit("permute", x, order)
     if len(r.k) > 1:
@@ -242,24 +248,58 @@ def _gemm(
 
 def _of_experts(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx.Node], x: fx.Node) -> fx.Node:
     """y of x [m, k] that stands expert by expert; of x [experts, m..., k], as much for each."""
-    packed, given = plan.packed[0], plan.match.contraction.ends
-    if packed.perm is not None:
-        x = emit(torch.index_select, x, fake_value(x).ndim - 1, inputs.node(packed.perm))
+    given = plan.match.contraction.ends
     if given is not None:
         ends = nodes[given]
     else:
         assert plan.turns is not None
         rows = emit("size", x, 1) if fake_value(x).ndim > 2 else 1
         x, ends = emit("flatten", x, 0, -2), emit(torch.mul, inputs.node(plan.turns), rows)
-    n, parts = packed.n // plan.experts, [inputs.node(part) for part in packed.parts]
-    what = packed.layout, n, packed.k, packed.format.spec, plan.bundle.epilogue, plan.route
-    y = emit(ops.GROUPED, x, parts, ends, *what)
+    y = _grouped(plan, emit, inputs, x, ends)
     if given is None:
         y = emit("unflatten", y, 0, (plan.experts, -1) if plan.match.roles.m else (plan.experts,))
         if len(plan.match.roles.batch) > 1:
             r = plan.match.roles
             y = emit("unflatten", y, 0, _sizes(r.x_labels, fake_value(plan.match.x), r.batch))
     return y
+
+
+def _of_picked(plan: Plan, emit: _Emitter, inputs: _Inputs, nodes: dict[fx.Node, fx.Node], x: fx.Node) -> fx.Node:
+    """y [chosen..., 1..., n] of x [some of chosen..., 1..., k], each row by the weight that its id picks."""
+    c, r = plan.match.contraction, plan.match.roles
+    assert c.ids is not None and plan.turns is not None
+    sizes = fake_value(c.ids).shape
+    there = [label for label in c.chosen if label in r.m]
+    ones = len(r.m) - len(there)
+    if ones:
+        x = emit("flatten", x, len(there), -1)
+    for i, label in enumerate(c.chosen):
+        x = x if label in there else emit("unsqueeze", x, i)
+    if len(there) < len(c.chosen):
+        wide = [-1 if label in there else int(size) for label, size in zip(c.chosen, sizes, strict=True)]
+        x = emit("expand", x, (*wide, -1))
+    x = emit("flatten", x, 0, -2)
+    # As indexing does, ids count from the end where they are negative.
+    ids = emit(torch.remainder, emit("flatten", nodes[c.ids]), plan.experts)
+    order = emit(torch.argsort, ids, stable=True)
+    ended = emit("index_select", emit("to", ids, torch.int32), 0, order)
+    ends = emit(torch.searchsorted, ended, inputs.node(plan.turns), out_int32=True)
+    y = _grouped(plan, emit, inputs, emit("index_select", x, 0, order), ends)
+    y = emit("index_select", y, 0, emit(torch.argsort, order))
+    if len(c.chosen) > 1:
+        y = emit("unflatten", y, 0, (-1, *map(int, sizes[1:])))
+    for _ in range(ones):
+        y = emit("unsqueeze", y, -2)
+    return y
+
+
+def _grouped(plan: Plan, emit: _Emitter, inputs: _Inputs, x: fx.Node, ends: fx.Node) -> fx.Node:
+    packed = plan.packed[0]
+    if packed.perm is not None:
+        x = emit(torch.index_select, x, fake_value(x).ndim - 1, inputs.node(packed.perm))
+    n, parts = packed.n // plan.experts, [inputs.node(part) for part in packed.parts]
+    what = packed.layout, n, packed.k, packed.format.spec, plan.bundle.epilogue, plan.route
+    return emit(ops.GROUPED, x, parts, ends, *what)
 
 
 def _cast(emit: _Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -293,6 +333,8 @@ def _erase(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], 
             node = match.output
             while True:
                 gone.add(node)
+                if match.contraction.picked is not None:
+                    gone |= _picking(match.contraction, constants)
                 for operand in node.all_input_nodes:
                     if operand in constants and operand is not match.bias:
                         gone |= {n for n in constants.slice(operand, node).nodes if n not in constants.values}
@@ -318,3 +360,13 @@ def _erase(module: fx.GraphModule, constants: Constants, plans: Sequence[Plan], 
     for node in reversed(list(module.graph.nodes)):
         if node in gone:
             copies[node].graph.erase_node(copies[node])
+
+
+def _picking(c: Contraction, constants: Constants) -> set[fx.Node]:
+    """What made the weights that were picked from those of all experts, and those."""
+    found = {n for n in constants.slice(c.b, c.node).nodes if n not in constants.values}
+    node = c.picked
+    while node is not None and node is not c.b:
+        found.add(node)
+        node = next((n for n in node.all_input_nodes if n is not c.ids), None)
+    return found

@@ -111,7 +111,7 @@ def bundles(matches: Sequence[Match], constants: Constants) -> list[Bundle]:
     for match in matches:
         plain = _plain(match, constants) and once[id(match.recovered)] == 1
         r = match.recovered
-        of = (_spelled(match.x), match.contraction.ends, match.dtype, r.formats[0], r.k, r.layout)
+        of = (_spelled(match.x), match.contraction.routing, match.dtype, r.formats[0], r.k, r.layout)
         alike = of_x[of] if plain else []
         group = next((g for g in alike if _joins(g, match, constants)), None)
         if group is None:
@@ -214,7 +214,7 @@ def _silu_mul(group: Sequence[Match], constants: Constants) -> Bundle | None:
 
 
 def _add(group: Sequence[Match], constants: Constants, taken: set[fx.Node]) -> Bundle | None:
-    if len(group) != 1 or group[0].contraction.ends is not None:
+    if len(group) != 1 or group[0].contraction.routing is not None:
         return None
     match = group[0]
     add = _only_user(match.output, "add")

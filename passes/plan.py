@@ -37,7 +37,8 @@ class Plan:
     """How one bundle is run: a packed weight for each place of its batch, and a kernel for each range of m.
 
     bias     that of several matches, as their op takes it
-    experts  whose weights are packed as one, 0 where they are not; turns: 1, 2 to so many, where each has as many rows
+    experts  whose weights are packed as one, 0 where they are not
+    turns    1, 2 to so many, where x does not come with `ends` of its own
     """
 
     bundle: Bundle
@@ -58,7 +59,8 @@ class Plan:
     @property
     def route(self) -> str:
         """As the op takes it: where each expert has as many rows, m counts those of one, and the op sees all."""
-        return self.choice.route_of(1 if self.turns is None else self.experts)
+        alike = self.experts and self.match.contraction.routing is None
+        return self.choice.route_of(self.experts if alike else 1)
 
     def share(self, match: Match) -> float:
         """How much of the op is one match's."""
@@ -123,7 +125,7 @@ class Planner:
         """The plan of a bundle. Raises Refused where no kernel accepts it, or where less in one op is as fast."""
         choice, m, m_range, device = self._choice(bundle.matches)
         match = bundle.matches[0]
-        given = match.contraction.ends is not None
+        given = match.contraction.routing is not None
         together = None if given else self._of_experts(match, choice, m_range, device)
         experts, choice = match.places if given or together else 0, together or choice
         if bundle.epilogue and not any(bundle.epilogue in registry.KERNELS[p.kernel].epilogues for p in choice.pieces):
@@ -147,7 +149,9 @@ class Planner:
             biases = [None if leaf is None else self._values[leaf] for leaf in leaves]
             bias = join_biases(biases, [match.n for match in bundle.matches], bundle.epilogue)
         packed = self._packed[key]
-        turns = torch.arange(1, experts + 1, dtype=torch.int32, device=packed[0].parts[0].device) if together else None
+        turns, on = None, packed[0].parts[0].device
+        if experts and match.contraction.ends is None:
+            turns = torch.arange(1, experts + 1, dtype=torch.int32, device=on)
         return Plan(bundle, choice, packed, m, m_range, device, bias, experts, turns)
 
     def _of_experts(
@@ -180,7 +184,7 @@ class Planner:
         if recovered.across and x.requires_grad and fake_value(match.output).requires_grad:
             raise Refused(Reason.GROUPS, "the backward pass would keep the dense weight")
         # The weights of a batch share one route, but each may have turned out to be of another format.
-        given = match.contraction.ends is not None
+        given = match.contraction.routing is not None
         formats = (widest(recovered.formats),) if given else tuple(dict.fromkeys(recovered.formats))
         limits = (m_range[0], m_range[1] or 1 << 31)
         problem = Problem(m, limits, n, recovered.k, formats[0], match.dtype, x.device)
@@ -326,8 +330,12 @@ def _rows(match: Match, x: Tensor) -> tuple[sympy.Expr, tuple[int, int | None]]:
 
     expression: Any = sympy.Integer(1)
     environment = None
-    for label, size in zip(match.roles.x_labels, x.shape, strict=True):
-        if label in match.roles.m:
+    labels, wanted = match.roles.x_labels, match.roles.m
+    if match.contraction.ids is not None:
+        labels = wanted = match.contraction.chosen
+        x = fake_value(match.contraction.ids)
+    for label, size in zip(labels, x.shape, strict=True):
+        if label in wanted:
             if isinstance(size, torch.SymInt):
                 environment = size.node.shape_env
                 expression = expression * size.node.expr

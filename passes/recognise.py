@@ -21,6 +21,7 @@ from .canonicalize import Contraction, Roles, contraction, qualified_name, roles
 from .constants import Constants, Slice, Trail, fake_value, run, target_name
 from .evaluate import FP8, Weight, identity, recorded, undisturbed
 from .prove import Reader, Recovered
+from .routed import routed
 from .tape import Tape
 from .whereabouts import where
 
@@ -126,7 +127,7 @@ class Recogniser:
                 return Kept(where(node), node, Reason.FUSED, ()) if self._fused(node) else None
             if c.a in self.constants and c.b in self.constants:
                 return None
-            return self._match(c, misses)
+            return self._match(routed(c, self.constants), misses)
         except Refused as refusal:
             # Of what nobody quantized there is no near miss to tell.
             plain = refusal.reason in (Reason.NOT_QUANTIZED, Reason.INPUT_WEIGHT)
@@ -149,7 +150,7 @@ class Recogniser:
         return bool(weights) and any(_floating(n) for n in node.all_input_nodes if n not in self.constants)
 
     def _match(self, c: Contraction, misses: list[NearMiss]) -> Match:
-        w = c.a if c.a in self.constants and not c.fused and c.ends is None else c.b
+        w = c.a if c.a in self.constants and not c.fused and c.routing is None else c.b
         if w not in self.constants:
             raise Refused(Reason.FUSED, c.node.name) if c.fused else self._dynamic(c)
         given = [n for n in (c.a, c.bias) if n is not None] if c.fused else []
@@ -167,7 +168,7 @@ class Recogniser:
             raise Refused(Reason.DTYPE, f"{c.node.name}: {y.dtype}")
         if y.requires_grad and fake_value(w).requires_grad:
             raise Refused(Reason.NEEDS_GRAD, w.name)
-        if y.requires_grad and c.ends is not None:
+        if y.requires_grad and c.routing is not None:
             raise Refused(Reason.NO_KERNEL, "gradients through experts")
         self.constants.check_versions(cut)
         output, scalings = self._scalings(c, r, cut, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -70,10 +71,9 @@ def _probe(
                 bias = bias[tuple(slice(size) for size in shape)]
                 old[match.bias], new[nodes_now[match.bias]] = bias, bias
         ends = {*(m.x for m in bundle.matches), *(m.bias for m in bundle.matches), bundle.other} - {None}
-        given = plan.match.contraction.ends
+        given = plan.match.contraction.routing
         if given is not None:
-            # A row for each expert.
-            old[given] = new[nodes_now[given]] = torch.arange(1, 1 + len(x), dtype=torch.int32, device=x.device)
+            old[given] = new[nodes_now[given]] = _routing(plan)
             ends |= {given}
         between = _between(ends, bundle.outputs, constants)
         if bundle.other is not None:
@@ -108,15 +108,31 @@ def _squares(match: Match) -> float:
 
 
 def _random_x(plan: Plan) -> Tensor:
+    return _random(_probe_shape(plan), fake_value(plan.match.x))
+
+
+def _probe_shape(plan: Plan) -> list[int]:
     r, fake = plan.match.roles, fake_value(plan.match.x)
     if plan.match.contraction.ends is not None:
-        return _random((plan.experts, plan.match.recovered.k), fake)
+        return [plan.experts, plan.match.recovered.k]
     # Rows may be few: nothing that is emitted depends on how many there are.
-    shape = [
-        (size if isinstance(size, int) and size < ROWS else ROWS) if label in r.m else int(size)
+    few = [label for label in r.m if label not in plan.match.contraction.chosen[1:]]
+    return [
+        (size if isinstance(size, int) and size < ROWS else ROWS) if label in few else int(size)
         for label, size in zip(r.x_labels, fake.shape, strict=True)
     ]
-    return _random(shape, fake)
+
+
+def _routing(plan: Plan) -> Tensor:
+    """A row for each expert; or experts by turns for the rows of `_random_x`."""
+    c, fake = plan.match.contraction, fake_value(plan.match.x)
+    if c.ids is None:
+        return torch.arange(1, 1 + plan.experts, dtype=torch.int32, device=fake.device)
+    sizes = dict(zip(plan.match.roles.x_labels, _probe_shape(plan), strict=True))
+    ids = fake_value(c.ids)
+    shape = [sizes.get(label, size) for label, size in zip(c.chosen, ids.shape, strict=True)]
+    # Backwards: a probe in the order of experts would not see that rows were not put back.
+    return (-torch.arange(1, 1 + math.prod(shape), device=fake.device) % plan.experts).view(shape).to(ids.dtype)
 
 
 def _random(shape: Sequence[int], like: Tensor) -> Tensor:

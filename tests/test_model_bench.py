@@ -188,7 +188,7 @@ def test_the_time_limit_leaves_the_rest_out(run, uncompiled):
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("--model", "mixtral-8x7b", "llama3-8b | llama3-70b"),
+        ("--model", "mixtral-8x22b", "llama3-8b | llama3-70b"),
         ("--bits", "four", "at least 1"),
         ("--group", "0", "at least 1"),
         ("--method", "gptq", "rtn | nf4 | bcq"),
@@ -218,7 +218,7 @@ def test_a_bad_value_is_named_with_what_is_accepted(option, value, says, capsys)
         (("--model", "tiny", "--layers", "1", "--extrapolate"), "--layers is 1"),
         (("--model", "tiny", "--group", "96"), "group is 96"),
         (("--model", "tiny", "--m", "8"), "it is for matmuls"),
-        (("--batch", "8"), "it is for model | transformers"),
+        (("--batch", "8"), "it is for model | moe | transformers"),
         (("--steps", "8"), "it is for model"),
         (("--transformers", "tiny", "--trace", "x.json"), "it is for model"),
         (("--transformers", "tiny", "--model", "tiny"), "one of --model and --transformers"),
