@@ -25,12 +25,12 @@ LQ_INLINE void multiply(const int8_t* x, int64_t tall, const uint8_t* w, int ste
   for (int step = 0; step < steps; step++, x += 64 * tall, w += 1024) {
     _tile_loadd(6, w, 64);
     _tile_loadd(4, x, 64);
-    _tile_dpbsud(0, 4, 6);
+    _tile_dpbssd(0, 4, 6);
     _tile_loadd(5, x + 128 * tall, 64);
-    _tile_dpbsud(1, 5, 6);
+    _tile_dpbssd(1, 5, 6);
     _tile_loadd(7, w + 2048, 64);
-    _tile_dpbsud(2, 4, 7);
-    _tile_dpbsud(3, 5, 7);
+    _tile_dpbssd(2, 4, 7);
+    _tile_dpbssd(3, 5, 7);
   }
 #else
   _tile_zero(4);
@@ -38,17 +38,17 @@ LQ_INLINE void multiply(const int8_t* x, int64_t tall, const uint8_t* w, int ste
   for (int step = 0; step < steps; step++, x += 64 * tall, w += 1024) {
     _tile_loadd(7, w, 64);
     _tile_loadd(6, x, 64);
-    _tile_dpbsud(0, 6, 7);
+    _tile_dpbssd(0, 6, 7);
     _tile_loadd(6, x + 128 * tall, 64);
-    _tile_dpbsud(1, 6, 7);
+    _tile_dpbssd(1, 6, 7);
     _tile_loadd(6, x + 256 * tall, 64);
-    _tile_dpbsud(2, 6, 7);
+    _tile_dpbssd(2, 6, 7);
     _tile_loadd(7, w + 2048, 64);
-    _tile_dpbsud(5, 6, 7);
+    _tile_dpbssd(5, 6, 7);
     _tile_loadd(6, x, 64);
-    _tile_dpbsud(3, 6, 7);
+    _tile_dpbssd(3, 6, 7);
     _tile_loadd(6, x + 128 * tall, 64);
-    _tile_dpbsud(4, 6, 7);
+    _tile_dpbssd(4, 6, 7);
   }
 #endif
 }
@@ -69,58 +69,103 @@ LQ_INLINE void put(int32_t* dots) {
 constexpr int ABREAST = 4;
 
 // What is multiplied but not yet scaled and added: dots of 16 rows of x from `row` on with a pair of row tiles in a block.
+// centred: whether those of each have no zero to take off any more.
 struct Pending {
   int64_t row, block, group;
   int p, pair;
+  bool centred[2];
 };
 
-// The codes of plane p of a tile, a byte each, as `multiply` wants them.
-LQ_INLINE void unpack(const uint8_t* plane, uint8_t* w) {
+// What the codes of 16 rows are counted from in a block, a byte for each column of four. Signed bytes hold no more.
+struct Centre {
+  Ints bytes_of;
+  bool whole = true;
+
+  Centre(const Job& job, int64_t group) : bytes_of(bytes(LQ_BINARY ? 1 : static_cast<int>(job.low))) {
+    if (LQ_BINARY || !job.zero) return;
+    const Floats zero = numbers(job.zero, job.zero_type, group * 16);
+    const Ints near = nearest(zero);
+    const __mmask16 same = _mm512_cmp_ps_mask(to_floats(near), zero, _CMP_EQ_OQ);
+    whole = same == 0xffff && (BITS < 8 ? _mm512_cmp_epu32_mask(near, ints(1 << BITS), _MM_CMPINT_LT) == 0xffff
+                                        : _mm512_cmpeq_epi32_mask(near, ints(128)) == 0xffff);
+    bytes_of = whole ? _mm512_shuffle_epi8(near, spread()) : bytes(BITS < 8 ? 0 : 128);
+  }
+  // The low byte of each number, four times.
+  static Ints spread() { return _mm512_broadcast_i32x4(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0)); }
+};
+
+// The codes of plane p of a tile whose first block has factors at `group`, a signed byte each, as `multiply` wants them.
+// The bits of what is returned say which of the tile's blocks are centred.
+LQ_INLINE int unpack(const Job& job, const uint8_t* plane, int64_t group, uint8_t* w) {
+  int centred = 0;
 #pragma GCC unroll 1
   for (int c = 0; c < 4; c++) {
     Ints codes[8];
+    const Centre centre(job, group + c / PER);
+    centred |= centre.whole << c;
     for (int line = 0; line < BITS; line++) ask(plane + 64 * (BITS * c + line));
     codes_of<BITS>(plane, c, codes);
-    for (int i = 0; i < 8; i++) store(w + 512 * c + 64 * i, codes[i]);
+    for (int i = 0; i < 8; i++)
+      store(w + 512 * c + 64 * i, _mm512_sub_epi8(LQ_BINARY ? add(codes[i], codes[i]) : codes[i], centre.bytes_of));
   }
+  return centred;
 }
 
-// The row tiles `first` of each of ABREAST parts of w, for all rows of the chunk of x that begins at `start`. While tiles
+// ABREAST row tiles of w, `step` apart from `first` on, for all rows of the chunk of x that begins at `start`. While tiles
 // multiply, the next codes are unpacked and the last dots scaled.
-inline void abreast(const Job& job, const Digits& x, int64_t start, int64_t first) {
+inline void abreast(const Job& job, const Digits& x, int64_t start, int64_t first, int64_t step) {
   alignas(64) float y[CHUNK_ROWS][ABREAST][16];
   alignas(64) uint8_t w[2][ABREAST][2048];
   alignas(64) int32_t dots[2 * D * 256];
-  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1, part_of = job.part(ABREAST);
+  const int64_t tiles = job.tiles(), last = job.row_tiles() - 1;
   const uint8_t* planes[ABREAST];
   int64_t factors[ABREAST];
+  int centred[2][ABREAST];
   std::memset(y, 0, x.rows * sizeof y[0]);
   for (int s = 0; s < ABREAST; s++) {
-    const int64_t row_tile = first + s * part_of < last ? first + s * part_of : last;
+    const int64_t row_tile = first + s * step < last ? first + s * step : last;
     planes[s] = job.codes + row_tile * tiles * TILE;
     factors[s] = row_tile * job.groups;
-    unpack(planes[s], w[0][s]);
+    centred[0][s] = unpack(job, planes[s], factors[s], w[0][s]);
   }
   auto finish = [&](const Pending& found) {
-    const int s = 2 * found.pair;
-    const Factors by[2] = {Factors(job, factors[s] + found.group, found.p, 0),
-                           Factors(job, factors[s + 1] + found.group, found.p, 0)};
     const int rows = static_cast<int>(x.rows - found.row < 16 ? x.rows - found.row : 16);
-    for (int r = 0; r < rows; r++) {
-      const float* fact = x.fact(found.block, found.row + r);
-      for (int half = 0; half < 2; half++) {
+    const float* facts = x.fact(found.block, found.row);
+    for (int half = 0; half < 2; half++) {
+      const int s = 2 * found.pair + half;
+      const Factors by(job, factors[s] + found.group, found.p, 0);
+      float* to = y[found.row][s];
+      const int32_t* from = dots + half * D * 256;
+      if (!LQ_BINARY && !found.centred[half]) {
+        for (int r = 0; r < rows; r++) {
+          const float* fact = facts + r * (1 + D);
+          Ints sums[D];
+          for (int d = 0; d < D; d++) {
+            sums[d] = ints(from + d * 256 + r * 16);
+            // Bytes of eight bits were counted from 128.
+            if (BITS == 8) sums[d] = add(sums[d], ints(128 * static_cast<int>(fact[1 + d])));
+          }
+          store(to + r * 16 * ABREAST, by.scaled(floats(to + r * 16 * ABREAST), sums, fact));
+        }
+        continue;
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; r++) {
+        const float* fact = facts + r * (1 + D);
         Ints sums[D];
-        for (int d = 0; d < D; d++) sums[d] = ints(dots + (half * D + d) * 256 + r * 16);
-        Floats to = floats(y[found.row + r][s + half]);
-        if (LQ_BINARY && found.p == 0 && job.zero) to = by[half].offset(to, fact);
-        store(y[found.row + r][s + half], by[half].scaled(to, sums, fact));
+        for (int d = 0; d < D; d++) sums[d] = ints(from + d * 256 + r * 16);
+        Floats sum = floats(to + r * 16 * ABREAST);
+        if (LQ_BINARY && found.p == 0 && job.zero) sum = by.offset(sum, fact);
+        store(to + r * 16 * ABREAST, by.scaled_centred(sum, sums, fact));
       }
     }
   };
-  Pending pending{-1, 0, 0, 0, 0};
+  Pending pending{-1, 0, 0, 0, 0, {}};
   int now = 0;
   for (int64_t tile = 0, group = 0, in_group = 0; tile < tiles; tile++) {
     for (int64_t at : factors) job.ask_factors(at + group);
+    // Where the factors of the next tile stand.
+    const int64_t after = PER < 4 ? group + 4 / PER : group + (in_group + 1 == job.span);
     for (int p = 0; p < PLANES; p++, now ^= 1) {
       const bool more = p + 1 < PLANES || tile + 1 < tiles;
       for (int c = 0; c < 4; c += PER) {
@@ -128,35 +173,38 @@ inline void abreast(const Job& job, const Digits& x, int64_t start, int64_t firs
           const int8_t* digits = x.digits + x.place(tile, row, 0) + x.chunk(c);
           for (int pair = 0; pair < ABREAST / 2; pair++) {
             multiply(digits, x.tall, w[now][2 * pair] + 512 * c, PER == 4 ? 2 : 1);
-            if (more && c + row == 0)
+            if (more && c + row == 0) {
               for (int s = 2 * pair; s < 2 * pair + 2; s++)
-                unpack(planes[s] + (tile * PLANES + p + 1) * 256 * BITS, w[now ^ 1][s]);
+                centred[now ^ 1][s] = unpack(job, planes[s] + (tile * PLANES + p + 1) * 256 * BITS,
+                                             factors[s] + (p + 1 < PLANES ? group : after), w[now ^ 1][s]);
+            }
             // Before these tiles are stored: no load of `dots` waits for their end.
             if (pending.row >= 0) finish(pending);
             put(dots);
-            pending = {row, tile * (4 / PER) + c / PER, group + c / PER, p, pair};
+            pending = {row, tile * (4 / PER) + c / PER, group + c / PER, p, pair,
+                       {(centred[now][2 * pair] >> c & 1) != 0, (centred[now][2 * pair + 1] >> c & 1) != 0}};
           }
         }
       }
     }
-    if (PER < 4) {
-      group += 4 / PER;
-    } else if (++in_group == job.span) {
-      group++;
-      in_group = 0;
-    }
+    in_group = PER < 4 || in_group + 1 == job.span ? 0 : in_group + 1;
+    group = after;
   }
   finish(pending);
   for (int64_t row = 0; row < x.rows; row++)
-    for (int s = 0; s < ABREAST && first + s * part_of <= last; s++)
-      write_row(job, start + row, (first + s * part_of) * 16, floats(y[row][s]));
+    for (int s = 0; s < ABREAST && first + s * step <= last; s++)
+      write_row(job, start + row, (first + s * step) * 16, floats(y[row][s]));
 }
+
+// From so many rows on reading w takes no longer than the rest, and neighbours in y are better written together.
+constexpr int64_t TALL = 64;
 
 // All of w for one chunk of x, shared among the threads of a parallel region.
 inline void batch(const Job& job, const Digits& x, int64_t start) {
   const Tiles tiles(config_of(static_cast<int>(x.tall), PER == 1 ? 32 : 64));
 #pragma omp for schedule(static)
-  for (int64_t first = 0; first < job.part(ABREAST); first++) abreast(job, x, start, first);
+  for (int64_t first = 0; first < job.part(ABREAST); first++)
+    x.rows < TALL ? abreast(job, x, start, first, job.part(ABREAST)) : abreast(job, x, start, first * ABREAST, 1);
 }
 
 #endif

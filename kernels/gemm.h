@@ -21,12 +21,20 @@ struct Factors {
 
   // y and what the plane adds to it, from its dots with x's digits in a block of which `fact` are the facts.
   LQ_INLINE Floats scaled(Floats y, const Ints* dots, const float* fact) const {
-    Floats sum = floats(0.0f);
-    for (int d = D - 1; d >= 0; d--) {
+    Floats centred[D];
+    for (int d = 0; d < D; d++) {
       const Floats dot = to_floats(LQ_BINARY ? left<1>(dots[d]) : dots[d]);
-      const Floats centred = less(LQ_BINARY ? floats(1.0f) : zero, floats(fact[1 + d]), dot);
-      sum = d == D - 1 ? centred : fma(sum, floats(256.0f), centred);
+      centred[d] = less(LQ_BINARY ? floats(1.0f) : zero, floats(fact[1 + d]), dot);
     }
+    Floats sum = fma(centred[1], floats(256.0f), centred[0]);
+    if (D == 3) sum = fma(centred[D - 1], floats(65536.0f), sum);
+    return fma(mul(sum, scale), floats(fact[0]), y);
+  }
+
+  // The same bits for dots with what is already centred: they are what `scaled` rounds in its first fma.
+  LQ_INLINE Floats scaled_centred(Floats y, const Ints* dots, const float* fact) const {
+    Floats sum = to_floats(add(left<8>(dots[1]), dots[0]));
+    if (D == 3) sum = fma(to_floats(dots[D - 1]), floats(65536.0f), sum);
     return fma(mul(sum, scale), floats(fact[0]), y);
   }
 
