@@ -1,4 +1,4 @@
-"""The host's side of job.h: which library runs a call on a CPU, what it is told, its bounds and costs, and its kernels."""
+"""The host's side of job.h: which library runs a call on a CPU, what it is told, bounds and costs, and its kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from .registry import X_DTYPES, Call, Kernel, register
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int16: 3}
 # lq_gemm's: seven pointers, m, n, k, span, groups, three types, low, levels, two strides, threads.
 SIGNATURE = (
-    *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 5, *[ctypes.c_int] * 3, ctypes.c_float, *[ctypes.c_int64] * 3, ctypes.c_int
+    *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 5, *[ctypes.c_int] * 3, ctypes.c_float, *[ctypes.c_int64] * 3,
+    ctypes.c_int,
 )  # fmt: skip
 # lq_dense's: five pointers, n, k, group, groups, two strides, three types, low, threads.
 DENSE = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 6, *[ctypes.c_int] * 3, ctypes.c_float, ctypes.c_int)
@@ -193,8 +194,11 @@ def dequantize(parts: Sequence[Tensor], call: Call, dtype: torch.dtype) -> Tenso
 # By instructions and digits of x: arithmetic of a batch, in units of the device's dense float32 rate; from int4 g128 at
 # m = 32 and 128 on one core of a Sapphire Rapids.
 RATES = {
-    ("amx", 2): 5.1, ("amx", 3): 2.8, ("avx512", 2): 0.78, ("avx512", 3): 0.53, ("avx2", 2): 0.54, ("avx2", 3): 0.37
+    ("amx", 2): 5.2, ("amx", 3): 3.3, ("avx512", 2): 0.78, ("avx512", 3): 0.53, ("avx_vnni", 2): 0.7,
+    ("avx_vnni", 3): 0.47, ("avx2", 2): 0.54, ("avx2", 3): 0.37
 }  # fmt: skip
+# Rows of x that are looked up by AVX-512, and operations of a dense float32 matmul in the time that takes a plane.
+LOOKED_UP, LOOK_UP = 4, 1.4
 
 
 def seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
@@ -202,12 +206,21 @@ def seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     f, m, isa = problem.format, problem.m, native.isas()[0].name
     call = Call(layout, f, problem.n, problem.k)
     read = 1.15 * LAYOUTS[layout].packed_bytes(f, problem.n, problem.k, "cpu") / device.bandwidth
-    # Each plane of a binary weight is a product of its own, but for one row that is looked up.
-    rate = RATES[isa, digits_of(call, problem.x_dtype)] * device.rate / (f.bits if f.form == "binary" else 1)
+    # Each plane of a binary weight is a product of its own, but for few rows that are looked up.
+    planes = f.bits if f.form == "binary" else 1
+    rate = RATES[isa, digits_of(call, problem.x_dtype)] * device.rate / planes
     if isa == "amx":
         # Each block's dots are scaled, which takes longer than the tiles: 1.6 times as long in all at 64, 2.6 at 32.
         rate *= ((block_of(f, problem.k) or 128) / 128) ** 0.7
-    work = 2.0 * m * problem.n * problem.k / rate
-    if isa == "avx2" and f.form == "binary":
+    size = problem.n * problem.k
+    work = 2.0 * m * size / rate
+    if f.form == "affine":
+        return device.launch + sympy.Piecewise((read, m <= 1), (read + work, True))
+    if isa in NARROW:
         return device.launch + sympy.Max(read, work)
-    return device.launch + sympy.Piecewise((read, m <= 1), (read + work, True))
+    found = sympy.Max(read, LOOK_UP * planes * m * size / device.rate)
+    return device.launch + sympy.Piecewise((found, m <= LOOKED_UP), (read + work, True))
+
+
+# Instructions of vectors of 256 bits.
+NARROW = ("avx_vnni", "avx2")

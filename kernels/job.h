@@ -55,8 +55,10 @@ LQ_INLINE void write_row(const Job& job, int64_t row, int64_t column, Floats y) 
   write(job.y, job.x_type, row * job.n + column, y, count);
 }
 
-// Asks for a line that will be read soon.
-LQ_INLINE void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p) + AHEAD, _MM_HINT_T0); }
+// Asks for a line that will be read soon; of whole bytes later.
+LQ_INLINE void ask(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p) + (LQ_BITS < 8 ? AHEAD : 2560), _MM_HINT_T0);
+}
 
 // Memory that a thread keeps from call to call, in huge pages where it is as large.
 struct Room {

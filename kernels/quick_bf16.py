@@ -22,7 +22,8 @@ def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     """A read of the packed weight, its unpacking for each chunk of x, and the arithmetic."""
     size = problem.n * problem.k
     read = LAYOUTS[layout].packed_bytes(problem.format, problem.n, problem.k, "cpu") / device.bandwidth
-    unpack = UNPACK * size / device.rate * sympy.Max(1, problem.m / CHUNK)
+    each = PLANES[0] + PLANES[1] * problem.format.bits if problem.format.form == "binary" else UNPACK
+    unpack = each * size / device.rate * sympy.Max(1, problem.m / CHUNK)
     work = 2.0 * sympy.Max(problem.m, LEAST) * size / (RATE * device.rate)
     return device.launch + read + unpack + work
 
@@ -33,6 +34,8 @@ CHUNK = 512
 # not hidden by so little arithmetic; and rates in units of the device's dense float32 rate.
 LEAST = 48
 UNPACK, RATE = 10.0, 6.6
+# Instead of UNPACK for binary weights: once, and for each plane.
+PLANES = 4.0, 3.0
 
 for name, layout, forms in (("quick_bf16", "quick", ("affine", "table")), ("lut_bf16", "lut", ("binary",))):
     cpu.declare(

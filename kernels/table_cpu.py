@@ -21,12 +21,12 @@ def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     """A read of the packed weight, or its look-ups, which some rows of x share, and products."""
     size = problem.n * problem.k
     read = 1.15 * LAYOUTS[layout].packed_bytes(problem.format, problem.n, problem.k, "cpu") / device.bandwidth
-    one, more, rows = OPERATIONS[native.isas()[0].name == "avx2"]
+    one, more, rows = OPERATIONS[native.isas()[0].name in cpu.NARROW]
     each = sympy.Piecewise((one, problem.m <= 1), (more * sympy.ceiling(problem.m / rows), True))
     return device.launch + sympy.Max(read, each * size / device.rate)
 
 
-# Operations of a dense float32 matmul in the time that a weight takes with one row of x and with more, and how many rows
+# Operations of a dense float32 matmul in the time that a weight takes with one row of x and with more, and how many
 # those are: by AVX-512 and by AVX2. From g64 of 4096 x 4096 on one core of a Sapphire Rapids.
 OPERATIONS = ((7.0, 14.0, 4), (22.0, 24.0, 2))
 

@@ -157,6 +157,11 @@ class Int8Pack(Neighbour):
 class _Dequantizing(torch.nn.Module):
     """A linear whose weight is (codes - zero) * scale, as a model from a quantizer without kernels has it."""
 
+    codes: torch.Tensor
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         n, k, group, dtype = problem.n, problem.k, problem.format.group, problem.x_dtype
@@ -173,7 +178,7 @@ class _Dequantizing(torch.nn.Module):
 
 
 class _Frozen:
-    """Compiled with freezing for each number of rows, the first time for all copies: a copy is no more than compiled."""
+    """Compiled with freezing for each number of rows, at the first call for all copies: none can be copied."""
 
     def __init__(self, layer: _Dequantizing, family: list[_Frozen]) -> None:
         self._layer, self._family, self._ways = layer, family, dict[int, Callable[[torch.Tensor], torch.Tensor]]()
@@ -191,13 +196,17 @@ class _Frozen:
         return _Frozen(copy.deepcopy(self._layer), self._family)
 
     def _compile(self, x: torch.Tensor) -> None:
-        from torch._inductor.utils import run_and_get_code
-
         # Dynamo keeps what it compiles by code object, asks one after the other, and gives up where there are many.
         forward = FunctionType(_Dequantizing.forward.__code__.replace(), _Dequantizing.forward.__globals__)
-        way = torch.compile(MethodType(forward, self._layer), dynamic=False, options={"freezing": True})
-        _, sources = run_and_get_code(way, x)
-        if "uint8" in "".join(sources):
+        way = torch.compile(MethodType(forward, self._layer), dynamic=False)
+        codes = self._layer.packed.clone()
+        # Dynamo asks for it too: given as an option of Inductor alone it folds nothing.
+        with torch._inductor.config.patch(freezing=True):
+            y = way(x)
+        self._layer.packed.zero_()
+        folded = torch.equal(y, way(x))
+        self._layer.packed.copy_(codes)
+        if not folded:
             raise RuntimeError("freezing left codes to be dequantized in each call")
         self._ways[x.shape[0]] = way
 

@@ -15,7 +15,7 @@ from lqcompile.kernels import dense, native, registry
 from lqcompile.kernels.layout import LAYOUTS
 from lqcompile.types import Candidate, Format, Problem
 
-from .test_cpu import BFLOAT, CASES, FLOAT, HALF, Case, N, drawn, faked, run, sanitize, weight
+from .test_cpu import BFLOAT, CASES, FLOAT, HALF, Case, N, drawn, faked, run, weight
 from .test_ops import within_bound
 
 ISA = native.AMX_BF16
@@ -49,7 +49,9 @@ def test_one_hot_rows_read_every_weight_back_rounded_once(case):
         w = weight(case, n, seed)
         # Sums of planes that float32 holds.
         coarse = {name: getattr(w, name) for name in ("alpha", "offset") if getattr(w, name) is not None}
-        w = dataclasses.replace(w, **{name: t.float().mul(64).round().div(64).to(t.dtype) for name, t in coarse.items()})
+        w = dataclasses.replace(
+            w, **{name: t.float().mul(64).round().div(64).to(t.dtype) for name, t in coarse.items()}
+        )
         eye, parts = torch.eye(case.k, dtype=BFLOAT), LAYOUTS[case.layout].pack(w)
         wanted = dense._by_torch(parts, case.call(n), BFLOAT).T
         assert torch.equal(run(ISA, case, w, eye, parts=parts), wanted), n
@@ -97,12 +99,6 @@ def test_another_librarys_tiles_are_put_back():
     assert torch.equal(torch.nn.functional.linear(x, w), wanted)
 
 
-@can_run
-@pytest.mark.parametrize("case", [ALL[0], ALL[4], ALL[7], ALL[13], ALL[16], *LONG], ids=str)
-def test_sanitizers_find_nothing(case, tmp_path):
-    sanitize(ISA, case, tmp_path)
-
-
 def test_only_a_cpu_with_its_instructions_runs_it(monkeypatch):
     case = ALL[0]
     monkeypatch.setattr(native, "has_compiler", lambda: True)
@@ -124,11 +120,20 @@ def test_only_a_cpu_with_its_instructions_runs_it(monkeypatch):
 
 @can_run
 @pytest.mark.parametrize("size", [(4096, 4096), (11008, 4096), (4096, 11008)])
-@pytest.mark.parametrize(("group", "least", "most"), [(128, 48, 127), (32, 16, 47)])
-def test_few_rows_are_the_exact_kernels_and_many_are_its_own(size, group, least, most):
+@pytest.mark.parametrize(
+    ("spec", "few", "least", "most"),
+    [
+        ("affine:4:128:int:bfloat16", "quick_cpu", 48, 127),
+        ("affine:4:32:int:bfloat16", "quick_cpu", 16, 47),
+        ("binary:3:128:float:bfloat16", "lut_cpu", 8, 23),
+        ("table:4:64:none:bfloat16", "table_cpu", 4, 12),
+    ],
+)
+def test_few_rows_are_another_kernels_and_many_are_its_own(size, spec, few, least, most):
     m, device = sympy.Symbol("m", positive=True, integer=True), Device.of("cpu")
-    problem = Problem(m, (1, 4096), *size, Format("affine", 4, group, "int", "bfloat16"), BFLOAT, torch.device("cpu"))
-    kernels = [registry.discover()[name] for name in ("quick_cpu", "quick_bf16", "dense")]
-    found = [Candidate(kernel.name, "quick", kernel.seconds(problem, "quick", device)) for kernel in kernels]
-    few, many = cost.pieces(found, 1, 4096)
-    assert (few.kernel, many.kernel) == ("quick_cpu", "quick_bf16") and least <= few.high <= most
+    problem = Problem(m, (1, 4096), *size, Format.parse(spec), BFLOAT, torch.device("cpu"))
+    layout = "lut" if few == "lut_cpu" else "quick"
+    kernels = [registry.discover()[name] for name in (few, f"{layout}_bf16", "dense")]
+    found = [Candidate(kernel.name, layout, kernel.seconds(problem, layout, device)) for kernel in kernels]
+    first, second = cost.pieces(found, 1, 4096)
+    assert (first.kernel, second.kernel) == (few, f"{layout}_bf16") and least <= first.high <= most
