@@ -1,11 +1,11 @@
-"""The host's side of gemm.h: which library runs a call on a CPU, what it is told, and its bounds and costs."""
+"""The host's side of job.h: which library runs a call on a CPU, what it is told, bounds and costs, and its kernels."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -18,17 +18,22 @@ from ..formats import UNIT_ROUNDOFF, code_range, parts_of
 from ..types import SCALE_DTYPES, Format, Problem, Rounding
 from . import dense, native
 from .layout import LAYOUTS
-from .registry import Call
+from .registry import X_DTYPES, Call, Kernel, register
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int16: 3}
-# lq_gemm's: six pointers, m, n, k, span, groups, three types, low, threads.
-SIGNATURE = (*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 5, *[ctypes.c_int] * 3, ctypes.c_float, ctypes.c_int)
+# lq_gemm's: seven pointers, m, n, k, span, groups, three types, low, levels, two strides, threads.
+SIGNATURE = (
+    *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 5, *[ctypes.c_int] * 3, ctypes.c_float, *[ctypes.c_int64] * 3,
+    ctypes.c_int,
+)  # fmt: skip
 # lq_dense's: five pointers, n, k, group, groups, two strides, three types, low, threads.
 DENSE = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 6, *[ctypes.c_int] * 3, ctypes.c_float, ctypes.c_int)
 
 
 def digits_of(call: Call, x_dtype: torch.dtype) -> int:
-    """How many digits of 8 bits stand for x: its own precision, but for outliers within a block."""
+    """How many digits of 8 bits stand for x: its own precision, but for outliers within a block. Tables need none."""
+    if call.format.form == "table":
+        return 0
     return 3 if x_dtype == torch.float32 or call.layout == "lut" else 2
 
 
@@ -39,15 +44,38 @@ def block_of(format: Format, k: int) -> int | None:
     return 128 if format.group % 128 == 0 or format.group == k else None
 
 
-def refusal(call: Call) -> str | None:
-    """What of a call, or of this machine, the kernels do not take."""
+def refusal(call: Call, isa: native.Isa | None = None) -> str | None:
+    """What of a call, or of this machine, the kernels do not take, by `isa` or any."""
     if block_of(call.format, call.k) is None:
         return "groups of 32, 64, a multiple of 128, or all of k"
     if not native.isas():
         return "x86-64 with AVX2, on Linux"
     if not native.has_compiler():
         return "a machine with a C++ compiler"
-    return None
+    return None if isa is None or native.has(isa) else "x86-64 with AMX for bfloat16"
+
+
+def declare(
+    name: str, layout: str, source: str, *, forms: Sequence[str], summary: str, isa: native.Isa | None = None,
+    x_dtypes: Sequence[torch.dtype] = X_DTYPES, rounding: Callable[[Call, torch.dtype], Rounding],
+    seconds: Callable[[Problem, str, Device], sympy.Expr],
+) -> Kernel:  # fmt: skip
+    """Registers what `source` runs: weights of `forms` in `layout`, by `isa`, by default the best that the CPU has."""
+
+    def accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
+        if call.format.form not in forms:
+            return f"{' | '.join(forms)} weights"
+        if call.format.form == "table" and call.format.bits > 4:
+            return "tables of 1 to 4 bits"
+        if x_dtype not in x_dtypes:
+            return f"x of {' | '.join(str(dtype)[6:] for dtype in x_dtypes)}"
+        return refusal(call, isa)
+
+    def runs(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
+        run(source, x, parts, bias, call, out, isa)
+
+    summary = f"{summary}; groups of 32, 64, 128 i or k"
+    return register(Kernel(name, (layout,), ("cpu",), summary, runs, accepts, rounding, seconds, batch_invariant=True))
 
 
 def rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
@@ -66,7 +94,8 @@ class Launcher:
         binary, block = f.form == "binary", block_of(f, call.k)
         self.defines = (
             ("LQ_BINARY", int(binary)),
-            ("LQ_BITS", f.bits),
+            ("LQ_LEVELS", int(f.form == "table")),
+            ("LQ_BITS", sum(layout.widths(f, "cpu"))),
             ("LQ_DIGITS", digits_of(call, x_dtype)),
             ("LQ_BLOCK", block or 0),
             ("LQ_QUADS", int(call.layout == "lut")),
@@ -81,17 +110,26 @@ class Launcher:
         self.sizes = (call.n, call.k, span, groups, TYPES[x_dtype], TYPES[SCALE_DTYPES[f.scale_dtype]])
         self.factor = len(parts_of(f)) == 2
         self.low = (TYPES[dtypes[2]] if self.factor else 0, float(-code_range(f)[0]))
-        self.names = layout.names(f, "cpu")
+        self.levels = 1 << f.bits if f.form == "table" else 0
 
     def __call__(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, out: Tensor, threads: int) -> None:
         """Writes y to `out`. Raises MemoryError where there is none for x's digits."""
         zero = parts[2].data_ptr() if self.factor else None
+        table = parts[-1] if self.levels else None
         failed = self.entry(
-            x.data_ptr(), parts[0].data_ptr(), parts[1].data_ptr(), zero, None if bias is None else bias.data_ptr(),
-            out.data_ptr(), x.shape[0], *self.sizes, *self.low, threads,
+            x.data_ptr(), parts[0].data_ptr(), parts[1].data_ptr(), zero, None if table is None else table.data_ptr(),
+            None if bias is None else bias.data_ptr(), out.data_ptr(), x.shape[0], *self.sizes, *self.low, self.levels,
+            *_strides(table), threads,
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the digits of x {tuple(x.shape)}")
+
+
+def _strides(table: Tensor | None) -> tuple[int, int]:
+    """From one row's table to the next one's, and one group's; 0 where they share it."""
+    if table is None or table.ndim == 1:
+        return 0, 0
+    return table.stride(0), table.stride(1) * (table.ndim == 3)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -142,12 +180,11 @@ def dequantize(parts: Sequence[Tensor], call: Call, dtype: torch.dtype) -> Tenso
     if entry is None or out.numel() == 0:
         return None
     table = parts[-1] if f.form == "table" else None
-    strides = (0, 0) if table is None or table.ndim == 1 else (table.stride(0), table.stride(1) * (table.ndim == 3))
     zero = parts[2] if f.zero != "none" else None
     groups = layout.order("cpu").grouped_shape(call.n, call.k // f.group, f.group, ())[1]
     entry(
         parts[0].data_ptr(), parts[1].data_ptr(), None if zero is None else zero.data_ptr(),
-        None if table is None else table.data_ptr(), out.data_ptr(), call.n, call.k, f.group, groups, *strides,
+        None if table is None else table.data_ptr(), out.data_ptr(), call.n, call.k, f.group, groups, *_strides(table),
         TYPES[dtype], TYPES[parts[1].dtype], 0 if zero is None else TYPES[zero.dtype], float(-code_range(f)[0]),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -157,8 +194,11 @@ def dequantize(parts: Sequence[Tensor], call: Call, dtype: torch.dtype) -> Tenso
 # By instructions and digits of x: arithmetic of a batch, in units of the device's dense float32 rate; from int4 g128 at
 # m = 32 and 128 on one core of a Sapphire Rapids.
 RATES = {
-    ("amx", 2): 5.1, ("amx", 3): 2.8, ("avx512", 2): 0.78, ("avx512", 3): 0.53, ("avx2", 2): 0.54, ("avx2", 3): 0.37
+    ("amx", 2): 5.2, ("amx", 3): 3.3, ("avx512", 2): 0.78, ("avx512", 3): 0.53, ("avx_vnni", 2): 0.7,
+    ("avx_vnni", 3): 0.47, ("avx2", 2): 0.54, ("avx2", 3): 0.37
 }  # fmt: skip
+# Rows of x that are looked up by AVX-512, and operations of a dense float32 matmul in the time that takes a plane.
+LOOKED_UP, LOOK_UP = 4, 1.4
 
 
 def seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
@@ -166,12 +206,21 @@ def seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     f, m, isa = problem.format, problem.m, native.isas()[0].name
     call = Call(layout, f, problem.n, problem.k)
     read = 1.15 * LAYOUTS[layout].packed_bytes(f, problem.n, problem.k, "cpu") / device.bandwidth
-    # Each plane of a binary weight is a product of its own, but for one row that is looked up.
-    rate = RATES[isa, digits_of(call, problem.x_dtype)] * device.rate / (f.bits if f.form == "binary" else 1)
+    # Each plane of a binary weight is a product of its own, but for few rows that are looked up.
+    planes = f.bits if f.form == "binary" else 1
+    rate = RATES[isa, digits_of(call, problem.x_dtype)] * device.rate / planes
     if isa == "amx":
         # Each block's dots are scaled, which takes longer than the tiles: 1.6 times as long in all at 64, 2.6 at 32.
         rate *= ((block_of(f, problem.k) or 128) / 128) ** 0.7
-    work = 2.0 * m * problem.n * problem.k / rate
-    if isa == "avx2" and f.form == "binary":
+    size = problem.n * problem.k
+    work = 2.0 * m * size / rate
+    if f.form == "affine":
+        return device.launch + sympy.Piecewise((read, m <= 1), (read + work, True))
+    if isa in NARROW:
         return device.launch + sympy.Max(read, work)
-    return device.launch + sympy.Piecewise((read, m <= 1), (read + work, True))
+    found = sympy.Max(read, LOOK_UP * planes * m * size / device.rate)
+    return device.launch + sympy.Piecewise((found, m <= LOOKED_UP), (read + work, True))
+
+
+# Instructions of vectors of 256 bits.
+NARROW = ("avx_vnni", "avx2")

@@ -24,19 +24,6 @@ LQ_INLINE int64_t bytes_of_digits(int64_t rows, int64_t k, int count) {
   return round_up(k, 128) * round_up(rows, rows < 16 ? 1 : 16) * count;
 }
 
-// 128 inputs of a row from `k0` on, zeros beyond k, as float32.
-LQ_INLINE void widen(const void* x, int type, int64_t row, int64_t k, int64_t k0, float* out) {
-  const int size = type == FLOAT32 ? 4 : 2;
-  const char* from = static_cast<const char*>(x) + (row * k + k0) * size;
-  alignas(64) char tail[512];
-  if (k - k0 < 128) {
-    std::memset(tail, 0, sizeof tail);
-    std::memcpy(tail, from, (k - k0) * size);
-    from = tail;
-  }
-  for (int i = 0; i < 128; i += LANES) store(out + i, numbers(from, type, i));
-}
-
 LQ_INLINE float power_of_two(int e) {
   uint32_t bits = static_cast<uint32_t>(e + 127) << 23;
   float v;
@@ -58,42 +45,36 @@ template <int D> LQ_INLINE int exponent_of(uint32_t largest) {
 template <int D>
 LQ_INLINE void digits_of_row(const Digits& to, const void* x, int type, int64_t from, int64_t row, int64_t k, int block) {
   alignas(64) float wide[128];
-  alignas(64) uint32_t lanes[LANES];
+  constexpr int BIAS = D == 2 ? 0x8080 : 0x808080;
   for (int64_t tile = 0, b = 0; tile * 128 < k; tile++) {
     widen(x, type, from, k, tile * 128, wide);
     for (int start = 0; start < 128; start += block, b++) {
       Ints largest = ints(0);
       for (int i = 0; i < block; i += LANES)
         largest = most(largest, both(as_ints(floats(wide + start + i)), ints(0x7fffffff)));
-      store(lanes, largest);
-      uint32_t top = 0;
-      for (uint32_t lane : lanes) top = lane > top ? lane : top;
+      const uint32_t top = most_of(largest);
       const bool finite = top < 0x7f800000;
       const int e = finite ? exponent_of<D>(top) : 0;
       const Floats scale = floats(finite ? power_of_two(e) : 0.0f);
-      Ints sums[D];
-      for (int d = 0; d < D; d++) sums[d] = ints(0);
+      // Sums of even and of odd digits, two to a number.
+      Ints even = ints(0), odd = ints(0);
       for (int i = start; i < start + block; i += LANES) {
-        Ints rest = nearest(mul(floats(wide + i), scale));
-        for (int d = 0; d < D; d++) {
-          const Ints next = right<8>(add(rest, ints(128)));
-          const Ints digit = d == D - 1 ? rest : sub(rest, left<8>(next));
-          int8_t* digits = to.digits + to.place(tile, row, d) + i / 64 * 64 * to.tall;
-          store_low(digits + i % 64, digit);
-          sums[d] = add(sums[d], digit);
-          rest = next;
-        }
+        // With 128 added to each digit none borrows from the next; to flip that bit takes it off again.
+        const Ints biased = add(nearest(mul(floats(wide + i), scale)), ints(BIAS)), value = differ(biased, ints(BIAS));
+        even = add(even, both(biased, ints(0xff00ff)));
+        odd = add(odd, both(right<8>(biased), ints(0xff00ff)));
+        int8_t* digits = to.digits + to.place(tile, row, 0) + i / 64 * 64 * to.tall + i % 64;
+        store_low(digits, value);
+        store_low(digits + 128 * to.tall, right<8>(value));
+        if constexpr (D == 3) store_low(digits + 256 * to.tall, right<16>(value));
       }
+      const uint32_t sums[2] = {static_cast<uint32_t>(sum_of(even)), static_cast<uint32_t>(sum_of(odd))};
       float* fact = to.facts + (b * to.rows + row) * (1 + D);
       const uint32_t nan = 0x7fc00000;
       fact[0] = power_of_two(-e);
       if (!finite) std::memcpy(fact, &nan, 4);
-      for (int d = 0; d < D; d++) {
-        int32_t sum = 0, each[LANES];
-        store(each, sums[d]);
-        for (int32_t v : each) sum += v;
-        fact[1 + d] = static_cast<float>(sum);
-      }
+      for (int d = 0; d < D; d++)
+        fact[1 + d] = static_cast<float>(static_cast<int>(sums[d % 2] >> d / 2 * 16 & 0xffff) - 128 * block);
     }
     if (LQ_QUADS) {
       // Each 16 columns of 4 b + t as 4 t + b.

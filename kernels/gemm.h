@@ -14,6 +14,7 @@ constexpr int64_t BATCH = 2;
 struct Factors {
   Floats scale, zero;
 
+  LQ_INLINE Factors(Floats scale, Floats zero) : scale(scale), zero(zero) {}
   LQ_INLINE Factors(const Job& job, int64_t group, int p, int part) {
     scale = numbers(job.scale, job.scale_type, (group * PLANES + p) * 16 + part * LANES);
     zero = job.zero ? numbers(job.zero, job.zero_type, group * 16 + part * LANES) : floats(job.low);
@@ -21,12 +22,20 @@ struct Factors {
 
   // y and what the plane adds to it, from its dots with x's digits in a block of which `fact` are the facts.
   LQ_INLINE Floats scaled(Floats y, const Ints* dots, const float* fact) const {
-    Floats sum = floats(0.0f);
-    for (int d = D - 1; d >= 0; d--) {
+    Floats centred[D];
+    for (int d = 0; d < D; d++) {
       const Floats dot = to_floats(LQ_BINARY ? left<1>(dots[d]) : dots[d]);
-      const Floats centred = less(LQ_BINARY ? floats(1.0f) : zero, floats(fact[1 + d]), dot);
-      sum = d == D - 1 ? centred : fma(sum, floats(256.0f), centred);
+      centred[d] = less(LQ_BINARY ? floats(1.0f) : zero, floats(fact[1 + d]), dot);
     }
+    Floats sum = fma(centred[1], floats(256.0f), centred[0]);
+    if (D == 3) sum = fma(centred[D - 1], floats(65536.0f), sum);
+    return fma(mul(sum, scale), floats(fact[0]), y);
+  }
+
+  // The same bits for dots with what is already centred: they are what `scaled` rounds in its first fma.
+  LQ_INLINE Floats scaled_centred(Floats y, const Ints* dots, const float* fact) const {
+    Floats sum = to_floats(add(left<8>(dots[1]), dots[0]));
+    if (D == 3) sum = fma(to_floats(dots[D - 1]), floats(65536.0f), sum);
     return fma(mul(sum, scale), floats(fact[0]), y);
   }
 
@@ -125,7 +134,12 @@ inline int run(const Job& job, int threads) {
   const int64_t most = fit < 32 ? 32 : fit < CHUNK_ROWS ? fit : CHUNK_ROWS, rows = job.m < most ? job.m : most;
   const int64_t digits = bytes_of_digits(rows, job.k, D), blocks = round_up(job.k, 128) / LQ_BLOCK;
   const int64_t facts = round_up(blocks * rows * (1 + D) * sizeof(float), 64);
-  char* memory = static_cast<char*>(room.of(digits + facts + (LQ_TABLES ? job.tiles() * 8 * 192 : 0)));
+#if LQ_TABLES
+  const int64_t tables = MOST_ROWS * job.tiles() * TABLES;
+#else
+  const int64_t tables = 0;
+#endif
+  char* memory = static_cast<char*>(room.of(digits + facts + tables));
   if (!memory) return 1;
 #pragma omp parallel num_threads(threads)
   for (int64_t start = 0; start < job.m; start += most) {
@@ -136,12 +150,8 @@ inline int run(const Job& job, int threads) {
     for (int64_t row = 0; row < here; row++)
       digits_of_row<D>(x, job.x, job.x_type, start + row, row, job.k, LQ_BLOCK);
 #if LQ_TABLES
-    if (here == 1) {
-      uint8_t* tables = reinterpret_cast<uint8_t*>(memory + digits + facts);
-#pragma omp for schedule(static)
-      for (int64_t tile = 0; tile < job.tiles(); tile++) tables_of(x, tile, tables + tile * 8 * 192);
-#pragma omp for schedule(static)
-      for (int64_t first = 0; first < job.part(TABLE_STREAMS); first++) look_up(job, x, start, first, tables);
+    if (here <= MOST_ROWS) {
+      look_up(job, x, start, reinterpret_cast<uint8_t*>(memory + digits + facts));
       continue;
     }
 #endif

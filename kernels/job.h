@@ -1,15 +1,17 @@
-// What every CPU kernel of a packed matmul is told, and how it writes y: of gemm.h and quick_bf16.cpp.
+// What every CPU kernel of a packed matmul is told, and how it writes y: of gemm.h, table.cpp and quick_bf16.cpp.
 #include <sys/mman.h>
 
 #include <cstdlib>
 
-// A binary weight is LQ_BITS planes of one bit, w = sum alpha * (2 bit - 1) + offset; else w = (code - zero) * scale.
+// A binary weight is LQ_BITS planes of one bit, w = sum alpha * (2 bit - 1) + offset; of LQ_LEVELS w = table[code] * scale,
+// codes of four bits; else w = (code - zero) * scale.
 constexpr int BITS = LQ_BINARY ? 1 : LQ_BITS, PLANES = LQ_BINARY ? LQ_BITS : 1, D = LQ_DIGITS;
 // Of the four chunks of 32 columns of a tile how many a block has.
 constexpr int PER = LQ_BLOCK / 32;
 constexpr int64_t TILE = 256 * LQ_BITS;
 
 // zero: of a binary weight the offset. `low`: the zero where there are none. `groups` as stored, of a row tile.
+// table: `levels` float32 for each row (stride row_table, 0 for one table) and group (stride group_table).
 struct Job {
   const void* x;
   const uint8_t* codes;
@@ -20,6 +22,8 @@ struct Job {
   int64_t m, n, k, span, groups;
   int x_type, scale_type, zero_type;
   float low;
+  const float* table;
+  int64_t levels, row_table, group_table;
 
   int64_t tiles() const { return (k + 127) / 128; }
   int64_t row_tiles() const { return (n + 15) / 16; }
@@ -51,8 +55,10 @@ LQ_INLINE void write_row(const Job& job, int64_t row, int64_t column, Floats y) 
   write(job.y, job.x_type, row * job.n + column, y, count);
 }
 
-// Asks for a line that will be read soon.
-LQ_INLINE void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p) + AHEAD, _MM_HINT_T0); }
+// Asks for a line that will be read soon; of whole bytes later.
+LQ_INLINE void ask(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p) + (LQ_BITS < 8 ? AHEAD : 2560), _MM_HINT_T0);
+}
 
 // Memory that a thread keeps from call to call, in huge pages where it is as large.
 struct Room {
@@ -72,3 +78,15 @@ struct Room {
   }
   static constexpr size_t HUGE_PAGE = 2 << 20;
 };
+
+// What the library's one function does, by the file that includes this. Nonzero where there is no memory.
+inline int run(const Job& job, int threads);
+
+extern "C" int lq_gemm(const void* x, const uint8_t* codes, const void* scale, const void* zero, const float* table,
+                       const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t span, int64_t groups, int x_type,
+                       int scale_type, int zero_type, float low, int64_t levels, int64_t row_table, int64_t group_table,
+                       int threads) {
+  const Job job{x, codes, scale, zero, bias, y, m, n, k, span, groups, x_type, scale_type, zero_type, low, table, levels,
+                row_table, group_table};
+  return run(job, threads);
+}

@@ -11,8 +11,8 @@ enum Type { FLOAT16, BFLOAT16, FLOAT32, INT16 };
 constexpr int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 
 constexpr int LANES = LQ_LANES, PARTS = 16 / LANES;
-// Bytes ahead of the one that is read: memory must be asked that early to arrive in time.
-constexpr int AHEAD = 2560;
+// Bytes ahead of the one that is read: memory must be asked that early to arrive in time. Others of this size are worse.
+constexpr int AHEAD = 3328;
 
 #if LQ_LANES == 16
 
@@ -28,9 +28,13 @@ LQ_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 LQ_INLINE Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
 LQ_INLINE Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 LQ_INLINE Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
+LQ_INLINE Ints differ(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
 LQ_INLINE Ints most(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+LQ_INLINE int most_of(Ints v) { return _mm512_reduce_max_epi32(v); }
+LQ_INLINE int sum_of(Ints v) { return _mm512_reduce_add_epi32(v); }
 template <int BY> LQ_INLINE Ints left(Ints a) { return _mm512_slli_epi32(a, BY); }
 template <int BY> LQ_INLINE Ints right(Ints a) { return _mm512_srai_epi32(a, BY); }
+LQ_INLINE Ints shifted(Ints a, int by) { return _mm512_srli_epi32(a, by); }
 template <int BY> LQ_INLINE Ints left16(Ints a) { return _mm512_slli_epi16(a, BY); }
 template <int BY> LQ_INLINE Ints right16(Ints a) { return _mm512_srli_epi16(a, BY); }
 LQ_INLINE Floats floats(const float* p) { return _mm512_loadu_ps(p); }
@@ -43,6 +47,8 @@ LQ_INLINE Ints nearest(Floats v) { return _mm512_cvtps_epi32(v); }
 LQ_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 LQ_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 LQ_INLINE Floats gathered(const float* p, Ints i) { return _mm512_i32gather_ps(i, p, 4); }
+// table[i], of 16 numbers.
+LQ_INLINE Floats looked_up(const float* table, Ints i) { return _mm512_permutexvar_ps(i, floats(table)); }
 LQ_INLINE Ints widened(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -82,9 +88,21 @@ LQ_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 LQ_INLINE Ints sub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
 LQ_INLINE Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
 LQ_INLINE Ints either(Ints a, Ints b) { return _mm256_or_si256(a, b); }
+LQ_INLINE Ints differ(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
 LQ_INLINE Ints most(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+LQ_INLINE int most_of(Ints v) {
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+LQ_INLINE int sum_of(Ints v) {
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
 template <int BY> LQ_INLINE Ints left(Ints a) { return _mm256_slli_epi32(a, BY); }
 template <int BY> LQ_INLINE Ints right(Ints a) { return _mm256_srai_epi32(a, BY); }
+LQ_INLINE Ints shifted(Ints a, int by) { return _mm256_srli_epi32(a, by); }
 template <int BY> LQ_INLINE Ints left16(Ints a) { return _mm256_slli_epi16(a, BY); }
 template <int BY> LQ_INLINE Ints right16(Ints a) { return _mm256_srli_epi16(a, BY); }
 LQ_INLINE Floats floats(const float* p) { return _mm256_loadu_ps(p); }
@@ -97,6 +115,10 @@ LQ_INLINE Ints nearest(Floats v) { return _mm256_cvtps_epi32(v); }
 LQ_INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 LQ_INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 LQ_INLINE Floats gathered(const float* p, Ints i) { return _mm256_i32gather_ps(p, i, 4); }
+LQ_INLINE Floats looked_up(const float* table, Ints i) {
+  const Floats low = _mm256_permutevar8x32_ps(floats(table), i), high = _mm256_permutevar8x32_ps(floats(table + 8), i);
+  return _mm256_blendv_ps(low, high, as_floats(_mm256_slli_epi32(i, 28)));
+}
 LQ_INLINE Ints widened(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
 LQ_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 LQ_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -119,6 +141,16 @@ LQ_INLINE void store_low16(void* p, Ints v) {
   __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
   _mm_storeu_si128(static_cast<__m128i*>(p), packed);
 }
+
+#if LQ_VNNI
+
+template <int BITS> LQ_INLINE Ints dot(const Ints* u, const int8_t* x, Ints sum) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) sum = _mm256_dpbusd_avx_epi32(sum, u[i], four(x + 4 * i));
+  return sum;
+}
+
+#else
 
 // As above. vpmaddubsw saturates at 16 bits: PER sums of two products of codes below 2^BITS never do.
 template <int BITS> LQ_INLINE Ints dot(const Ints* u, const int8_t* x, Ints sum) {
@@ -144,6 +176,7 @@ template <int BITS> LQ_INLINE Ints dot(const Ints* u, const int8_t* x, Ints sum)
 }
 
 #endif
+#endif
 
 // LANES numbers from the i-th on of an array of `type`.
 LQ_INLINE Floats numbers(const void* p, int type, int64_t i) {
@@ -151,6 +184,19 @@ LQ_INLINE Floats numbers(const void* p, int type, int64_t i) {
   if (type == FLOAT16) return halves(at);
   if (type == FLOAT32) return floats(reinterpret_cast<const float*>(at));
   return type == INT16 ? to_floats(wide16(at)) : as_floats(left<16>(wide16(at)));
+}
+
+// 128 inputs of a row from `k0` on, zeros beyond k, as float32.
+LQ_INLINE void widen(const void* x, int type, int64_t row, int64_t k, int64_t k0, float* out) {
+  const int size = type == FLOAT32 ? 4 : 2;
+  const char* from = static_cast<const char*>(x) + (row * k + k0) * size;
+  alignas(64) char tail[512];
+  if (k - k0 < 128) {
+    std::memset(tail, 0, sizeof tail);
+    std::memcpy(tail, from, (k - k0) * size);
+    from = tail;
+  }
+  for (int i = 0; i < 128; i += LANES) store(out + i, numbers(from, type, i));
 }
 
 // The first `count` of LANES results, rounded to `type`, at the i-th place of an array.

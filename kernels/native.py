@@ -39,6 +39,7 @@ class Isa:
 _AVX2 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 _VNNI = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi")
 _WIDE = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi")
+_NARROW = (("LQ_LANES", 8), ("LQ_AMX", 0))
 # Best first, each with the same results.
 ISAS = (
     Isa(
@@ -48,7 +49,8 @@ ISAS = (
         (("LQ_LANES", 16), ("LQ_AMX", 1)),
     ),
     Isa("avx512", _VNNI, _WIDE, (("LQ_LANES", 16), ("LQ_AMX", 0))),
-    Isa("avx2", _AVX2, ("-march=x86-64-v3",), (("LQ_LANES", 8), ("LQ_AMX", 0))),
+    Isa("avx_vnni", (*_AVX2, "avx_vnni"), ("-march=x86-64-v3", "-mavxvnni"), (*_NARROW, ("LQ_VNNI", 1))),
+    Isa("avx2", _AVX2, ("-march=x86-64-v3",), (*_NARROW, ("LQ_VNNI", 0))),
 )
 # Of what every machine has, for code that is no kernel.
 ANY = Isa("any", (), (), ())

@@ -1,10 +1,11 @@
-// QUICK for many rows of bfloat16 x: affine weights, rounded to bfloat16, by the tiles of a CPU that multiplies such.
+// Many rows of bfloat16 x: weights of any form, rounded to bfloat16, by the tiles of a CPU that multiplies such.
 //
 // A block of w is dequantized panel by panel of columns and multiplied with a chunk of x while it is near. Each element
 // of y is summed in float32 in the order of k, whatever the chunks, blocks and threads are.
 #include "lanes.h"
 #include "codes.h"
 #include "job.h"
+#include "levels.h"
 #include "tiles.h"
 
 #include <omp.h>
@@ -61,14 +62,8 @@ class Dequantizer {
     if (part_ == 0) open();
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
-      const Ints byte = ints(0xff), four = ints(found_[part_ + i]);
-      const Floats zero = floats(zero_), scale = floats(scale_);
-      const Floats w0 = affine(to_floats(both(four, byte)), zero, scale);
-      const Floats w1 = affine(to_floats(both(_mm512_srli_epi32(four, 8), byte)), zero, scale);
-      const Floats w2 = affine(to_floats(both(_mm512_srli_epi32(four, 16), byte)), zero, scale);
-      const Floats w3 = affine(to_floats(_mm512_srli_epi32(four, 24)), zero, scale);
-      store(to_ + 128 * (part_ + i), neighbours(w0, w1));
-      store(to_ + 128 * (part_ + i) + 64, neighbours(w2, w3));
+      store(to_ + 128 * (part_ + i), neighbours(weights<0>(part_ + i), weights<1>(part_ + i)));
+      store(to_ + 128 * (part_ + i) + 64, neighbours(weights<2>(part_ + i), weights<3>(part_ + i)));
     }
     part_ += 2;
     if (part_ == 8) close();
@@ -80,21 +75,47 @@ class Dequantizer {
     const int64_t within = row_tile < last ? row_tile : last, chunk = place_.from + step_;
     const uint8_t* codes = job_.codes + (within * job_.tiles() + chunk / 4) * TILE;
     const int64_t group = job_.group(within, chunk / PER);
-    store(scale_, numbers(job_.scale, job_.scale_type, group * 16));
-    store(zero_, job_.zero ? numbers(job_.zero, job_.zero_type, group * 16) : floats(job_.low));
+    Floats zero = job_.zero ? numbers(job_.zero, job_.zero_type, group * 16) : floats(LQ_BINARY ? 0.0f : job_.low);
+    for (int p = 0; p < PLANES; p++) {
+      const Floats scale = numbers(job_.scale, job_.scale_type, (group * PLANES + p) * 16);
+      if (LQ_BINARY) zero = sub(zero, scale);
+      store(scale_[p], LQ_BINARY ? add(scale, scale) : scale);
+    }
+    store(zero_, zero);
+    if (LQ_LEVELS) levels_ = Levels(job_, within, chunk / PER);
     const int c = static_cast<int>(chunk % 4);
     if (c == 0) {
-      ask_for(job_.scale, job_.scale_type, group + groups_ahead_);
-      if (job_.zero) ask_for(job_.zero, job_.zero_type, group + groups_ahead_);
+      ask_for(job_.scale, job_.scale_type, group + groups_ahead_, PLANES);
+      if (job_.zero) ask_for(job_.zero, job_.zero_type, group + groups_ahead_, 1);
     }
-    for (int line = 0; line < BITS; line++)
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + ahead_ + 64 * (BITS * c + line), _MM_HINT_T1);
+    for (int p = 0; p < PLANES; p++)
+      for (int line = 0; line < BITS; line++)
+        _mm_prefetch(reinterpret_cast<const char*>(codes) + ahead_ + 64 * (BITS * (4 * p + c) + line), _MM_HINT_T1);
     Ints found[8];
-    codes_of<BITS>(codes, c, found);
-    for (int i = 0; i < 8; i++) store(found_[i], found[i]);
+    if (LQ_BINARY) {
+      for (int p = 0; p < PLANES; p++) found[p] = ints(codes + 64 * (4 * p + c));
+    } else {
+      codes_of<BITS>(codes, c, found);
+    }
+    for (int i = 0; i < (LQ_BINARY ? PLANES : 8); i++) store(found_[i], found[i]);
   }
-  static void ask_for(const void* p, int type, int64_t group) {
-    const int64_t row = type == FLOAT32 ? 64 : 32;
+  // Those of the column T of four in part i of a chunk, in float32.
+  template <int T> LQ_INLINE Floats weights(int i) const {
+    Floats w = floats(zero_);
+    if (LQ_BINARY) {
+      // From all planes' -alpha up, by 2 alpha for each bit that is set.
+      const Ints bit = ints(1 << (8 * (i % 4) + 4 * (i / 4) + T));
+      for (int p = 0; p < PLANES; p++) {
+        const __mmask16 set = _mm512_test_epi32_mask(ints(found_[p]), bit);
+        w = _mm512_mask_add_ps(w, set, w, floats(scale_[p]));
+      }
+      return w;
+    }
+    const Ints four = ints(found_[i]), code = T == 3 ? _mm512_srli_epi32(four, 24) : both(_mm512_srli_epi32(four, 8 * T), ints(0xff));
+    return LQ_LEVELS ? mul(levels_(code, 0), floats(scale_[0])) : affine(to_floats(code), w, floats(scale_[0]));
+  }
+  static void ask_for(const void* p, int type, int64_t group, int planes) {
+    const int64_t row = (type == FLOAT32 ? 64 : 32) * planes;
     for (int64_t i = 0; i < row * (4 / PER); i += 64)
       _mm_prefetch(static_cast<const char*>(p) + group * row + i, _MM_HINT_T0);
   }
@@ -111,7 +132,8 @@ class Dequantizer {
   }
 
   alignas(64) uint8_t found_[8][64];
-  alignas(64) float scale_[16], zero_[16];
+  alignas(64) float scale_[PLANES][16], zero_[16];
+  Levels levels_;
   const Job& job_;
   const Place place_;
   char* to_;
@@ -194,10 +216,8 @@ inline void work(const Job& job, int64_t row, int64_t rows, const char* x, int64
   }
 }
 
-extern "C" int lq_gemm(const void* x, const uint8_t* codes, const void* scale, const void* zero, const void* bias, void* y,
-                       int64_t m, int64_t n, int64_t k, int64_t span, int64_t groups, int x_type, int scale_type,
-                       int zero_type, float low, int threads) {
-  const Job job{x, codes, scale, zero, bias, y, m, n, k, span, groups, x_type, scale_type, zero_type, low};
+inline int run(const Job& job, int threads) {
+  const int64_t m = job.m, k = job.k;
   static thread_local Room room;
   const int64_t most = m < CHUNK ? round_up(m, 32) : CHUNK, own = 2 * PAIR + most / 16 * BLOCK * ONE;
   const int64_t of_x = (k + PANEL - 1) / PANEL * (most / 32) * PAIR;

@@ -1,31 +1,16 @@
-"""QUICK for many rows of bfloat16 on x86-64 with AMX: affine weights, rounded to bfloat16, by quick_bf16.cpp."""
+"""Many rows of bfloat16 on x86-64 with AMX: weights of any form, rounded to bfloat16, by quick_bf16.cpp."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import sympy
 import torch
-from torch import Tensor
 
 from ..device import Device
 from ..formats import UNIT_ROUNDOFF
 from ..types import Problem, Rounding
 from . import cpu, native
 from .layout import LAYOUTS
-from .registry import Call, Kernel, register
-
-
-def _run(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, call: Call, out: Tensor) -> None:
-    cpu.run("quick_bf16.cpp", x, parts, bias, call, out, native.AMX_BF16)
-
-
-def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
-    if call.format.form != "affine":
-        return "affine weights"
-    if x_dtype != torch.bfloat16:
-        return "x of bfloat16"
-    return cpu.refusal(call) or (None if native.has(native.AMX_BF16) else "x86-64 with AMX for bfloat16")
+from .registry import Call
 
 
 def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
@@ -37,7 +22,8 @@ def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     """A read of the packed weight, its unpacking for each chunk of x, and the arithmetic."""
     size = problem.n * problem.k
     read = LAYOUTS[layout].packed_bytes(problem.format, problem.n, problem.k, "cpu") / device.bandwidth
-    unpack = UNPACK * size / device.rate * sympy.Max(1, problem.m / CHUNK)
+    each = PLANES[0] + PLANES[1] * problem.format.bits if problem.format.form == "binary" else UNPACK
+    unpack = each * size / device.rate * sympy.Max(1, problem.m / CHUNK)
     work = 2.0 * sympy.Max(problem.m, LEAST) * size / (RATE * device.rate)
     return device.launch + read + unpack + work
 
@@ -48,17 +34,18 @@ CHUNK = 512
 # not hidden by so little arithmetic; and rates in units of the device's dense float32 rate.
 LEAST = 48
 UNPACK, RATE = 10.0, 6.6
+# Instead of UNPACK for binary weights: once, and for each plane.
+PLANES = 4.0, 3.0
 
-register(
-    Kernel(
-        name="quick_bf16",
-        layouts=("quick",),
-        devices=("cpu",),
-        summary="affine weights, rounded to bf16, many rows of bf16; groups of 32, 64, 128 i or k; AMX",
-        run=_run,
-        accepts=_accepts,
+for name, layout, forms in (("quick_bf16", "quick", ("affine", "table")), ("lut_bf16", "lut", ("binary",))):
+    cpu.declare(
+        name,
+        layout,
+        "quick_bf16.cpp",
+        forms=forms,
+        summary=f"{' and '.join(forms)} weights, rounded to bf16, many rows of bf16; AMX",
+        isa=native.AMX_BF16,
+        x_dtypes=(torch.bfloat16,),
         rounding=_rounding,
         seconds=_seconds,
-        batch_invariant=True,
     )
-)

@@ -60,7 +60,7 @@ class _Weight:
         for other in others:
             try:
                 held = other.prepare(problem)
-                count = timing.copies(held.bytes, rotation)
+                count = min(timing.copies(held.bytes, rotation), other.copies)
                 copies = [held.weight, *(other.copy(held.weight) for _ in range(count - 1))]
                 self.others.append((other, held, copies))
             except Exception as error:  # noqa: BLE001  foreign code may raise anything; the rest is still measured

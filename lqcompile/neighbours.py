@@ -6,6 +6,7 @@ import copy
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -33,9 +34,10 @@ class Held:
 
 
 class Neighbour:
-    """One library's matmul. `needs` names the modules that must be importable."""
+    """One library's matmul. `needs` names the modules that must be importable, `copies` how many copies can be had."""
 
     name = ""
+    copies = 1 << 31
     needs: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cuda",)
 
@@ -152,6 +154,92 @@ class Int8Pack(Neighbour):
         return torch._weight_int8pack_mm(x, *weight)
 
 
+class _Dequantizing(torch.nn.Module):
+    """A linear whose weight is (codes - zero) * scale, as a model from a quantizer without kernels has it."""
+
+    codes: torch.Tensor
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        n, k, group, dtype = problem.n, problem.k, problem.format.group, problem.x_dtype
+        self.register_buffer("codes", torch.randint(0, 16, (n, k // 2, 2), dtype=torch.uint8))
+        self.register_buffer("packed", self.codes[..., 0] | self.codes[..., 1] << 4)
+        self.register_buffer("scale", ((torch.rand(n, k // group) + 0.5) / 16).to(dtype))
+        self.register_buffer("zero", torch.randint(0, 16, (n, k // group)).to(dtype))
+        self.shape, self.group = (n, k), group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes = torch.stack((self.packed & 15, self.packed >> 4), -1).view(self.shape[0], -1, self.group)
+        w = (codes.to(x.dtype) - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
+        return torch.nn.functional.linear(x, w.view(self.shape))
+
+
+class _Frozen:
+    """Compiled with freezing for each number of rows, at the first call for all copies: none can be copied."""
+
+    def __init__(self, layer: _Dequantizing, family: list[_Frozen]) -> None:
+        self._layer, self._family, self._ways = layer, family, dict[int, Callable[[torch.Tensor], torch.Tensor]]()
+        family.append(self)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        way = self._ways.get(x.shape[0])
+        if way is None:
+            for one in self._family:
+                one._compile(x)
+            way = self._ways[x.shape[0]]
+        return way(x)
+
+    def copy(self) -> _Frozen:
+        return _Frozen(copy.deepcopy(self._layer), self._family)
+
+    def _compile(self, x: torch.Tensor) -> None:
+        # Dynamo keeps what it compiles by code object, asks one after the other, and gives up where there are many.
+        forward = FunctionType(_Dequantizing.forward.__code__.replace(), _Dequantizing.forward.__globals__)
+        way = torch.compile(MethodType(forward, self._layer), dynamic=False)
+        codes = self._layer.packed.clone()
+        # Dynamo asks for it too: given as an option of Inductor alone it folds nothing.
+        with torch._inductor.config.patch(freezing=True):
+            y = way(x)
+        self._layer.packed.zero_()
+        folded = torch.equal(y, way(x))
+        self._layer.packed.copy_(codes)
+        if not folded:
+            raise RuntimeError("freezing left codes to be dequantized in each call")
+        self._ways[x.shape[0]] = way
+
+
+class Freezing(Neighbour):
+    """Inductor with freezing: the weight is dequantized while compiling, and stays dense."""
+
+    name = "inductor freezing"
+    devices = ("cpu",)
+    # Of this many in turns none is read twice while 20 ms are timed, and to compile one takes a second.
+    copies = 8
+
+    def accepts(self, problem: Problem) -> str | None:
+        if refusal := self._refusal(problem, (4,), (torch.bfloat16, torch.float16, torch.float32)):
+            return refusal
+        # What is smaller takes less time than to call compiled code.
+        return "at least 1,048,576 weights" if problem.n * problem.k < 1 << 20 or problem.k % 2 else None
+
+    def prepare(self, problem: Problem) -> Held:
+        layer = _Dequantizing(problem).eval()
+        codes = layer.codes.flatten(1)
+        del layer.codes
+        # What it reads is the dense weight.
+        dense = torch.empty((problem.n, problem.k), dtype=problem.x_dtype, device="meta")
+        return Held(_Frozen(layer, []), (dense,), _affine(codes, layer.scale, layer.zero, 0))
+
+    def run(self, weight: Any, x: torch.Tensor) -> torch.Tensor:
+        return weight(x)
+
+    def copy(self, weight: Any) -> Any:
+        return weight.copy()
+
+
 class Torchao(Neighbour):
     """torchao's int4 weight-only config in its tiled packing, through its own linear."""
 
@@ -211,4 +299,4 @@ class Gemlite(Neighbour):
         return weight(x)
 
 
-NEIGHBOURS: tuple[Neighbour, ...] = (Tinygemm(), Int8Pack(), Torchao(), Gemlite())
+NEIGHBOURS: tuple[Neighbour, ...] = (Tinygemm(), Int8Pack(), Freezing(), Torchao(), Gemlite())

@@ -163,9 +163,15 @@ class CpuTimer:
         if self._pool.numel() < count * each:
             self._pool = pages.empty(count * each).random_()
         parts = self._pool[: count * each].view(count, each).unbind()
-        if self._read is None:
+        read, threads = self._read, torch.get_num_threads()
+        if read is None:
             return [partial(torch.sum, part.view(torch.int64)) for part in parts], ""
-        return [partial(self._read, part.data_ptr(), each, torch.get_num_threads()) for part in parts], ""
+
+        # Held: a read of more bytes takes another pool.
+        def run(part: torch.Tensor) -> None:
+            read(part.data_ptr(), each, threads)
+
+        return [partial(run, part) for part in parts], ""
 
     def light_name(self) -> str:
         how = "torch.sum of int64" if self._read is None else "kernels/light.cpp: four streams a thread, huge pages"

@@ -15,16 +15,18 @@ from lqcompile.kernels import dense, native, registry
 from lqcompile.kernels.layout import LAYOUTS
 from lqcompile.types import Candidate, Format, Problem
 
-from .test_cpu import BFLOAT, CASES, FLOAT, HALF, Case, N, drawn, faked, run, sanitize, weight
+from .test_cpu import BFLOAT, CASES, FLOAT, HALF, Case, N, drawn, faked, run, weight
 from .test_ops import within_bound
 
 ISA = native.AMX_BF16
-KERNEL = registry.discover()["quick_bf16"]
+KERNELS = {layout: registry.discover()[f"{layout}_bf16"] for layout in ("quick", "lut")}
+KERNEL = KERNELS["quick"]
 can_run = pytest.mark.skipif(not native.has(ISA) or not native.has_compiler(), reason="no AMX for bf16, or no compiler")
 # Several panels of columns, the last one short, and a tail of an odd number of columns.
 LONG = [Case("affine", "int", 4, 128, "float16", BFLOAT, 1152), Case("affine", "float", 3, 333, "float32", BFLOAT, 333)]
-AFFINE = [dataclasses.replace(case, x_dtype=BFLOAT) for case in CASES if case.form == "affine"] + LONG
-each_case = pytest.mark.parametrize("case", AFFINE, ids=str)
+LONG += [Case("binary", "float", 3, 128, "float16", BFLOAT, 1152), Case("table", "none", 4, 32, "float16", BFLOAT, 800)]
+ALL = [dataclasses.replace(case, x_dtype=BFLOAT) for case in CASES] + LONG
+each_case = pytest.mark.parametrize("case", ALL, ids=str)
 # One block of rows of w and less, and more than one.
 NS = (N, 1, 16, 17, 300)
 
@@ -37,7 +39,7 @@ def test_every_element_is_within_the_bound(case):
         for m in (1, 5, 33, 130):
             x, bias = drawn(case, m, seed * 1000 + m), torch.randn(n).to(BFLOAT) if seed % 2 == 0 else None
             y = run(ISA, case, w, x, bias)
-            assert within_bound(y, x, w, bias, KERNEL.rounding(case.call(n), BFLOAT)), (n, m)
+            assert within_bound(y, x, w, bias, KERNELS[case.layout].rounding(case.call(n), BFLOAT)), (n, m)
 
 
 @can_run
@@ -45,7 +47,12 @@ def test_every_element_is_within_the_bound(case):
 def test_one_hot_rows_read_every_weight_back_rounded_once(case):
     for seed, n in enumerate(NS):
         w = weight(case, n, seed)
-        eye, parts = torch.eye(case.k, dtype=BFLOAT), LAYOUTS["quick"].pack(w)
+        # Sums of planes that float32 holds.
+        coarse = {name: getattr(w, name) for name in ("alpha", "offset") if getattr(w, name) is not None}
+        w = dataclasses.replace(
+            w, **{name: t.float().mul(64).round().div(64).to(t.dtype) for name, t in coarse.items()}
+        )
+        eye, parts = torch.eye(case.k, dtype=BFLOAT), LAYOUTS[case.layout].pack(w)
         wanted = dense._by_torch(parts, case.call(n), BFLOAT).T
         assert torch.equal(run(ISA, case, w, eye, parts=parts), wanted), n
 
@@ -88,18 +95,12 @@ def test_infinite_weights_are_not_made_of_columns_beyond_k():
 def test_another_librarys_tiles_are_put_back():
     x, w = torch.randn(64, 256).bfloat16(), torch.randn(512, 256).bfloat16()
     wanted = torch.nn.functional.linear(x, w)
-    run(ISA, AFFINE[0], weight(AFFINE[0]), drawn(AFFINE[0], 40, 0))
+    run(ISA, ALL[0], weight(ALL[0]), drawn(ALL[0], 40, 0))
     assert torch.equal(torch.nn.functional.linear(x, w), wanted)
 
 
-@can_run
-@pytest.mark.parametrize("case", [AFFINE[0], AFFINE[4], AFFINE[7], *LONG], ids=str)
-def test_sanitizers_find_nothing(case, tmp_path):
-    sanitize(ISA, case, tmp_path)
-
-
 def test_only_a_cpu_with_its_instructions_runs_it(monkeypatch):
-    case = AFFINE[0]
+    case = ALL[0]
     monkeypatch.setattr(native, "has_compiler", lambda: True)
     monkeypatch.setattr(native, "_may_use_amx", lambda: True)
     everything = {need for isa in (*native.ISAS, ISA) for need in isa.needs}
@@ -119,11 +120,20 @@ def test_only_a_cpu_with_its_instructions_runs_it(monkeypatch):
 
 @can_run
 @pytest.mark.parametrize("size", [(4096, 4096), (11008, 4096), (4096, 11008)])
-@pytest.mark.parametrize(("group", "least", "most"), [(128, 48, 127), (32, 16, 47)])
-def test_few_rows_are_the_exact_kernels_and_many_are_its_own(size, group, least, most):
+@pytest.mark.parametrize(
+    ("spec", "few", "least", "most"),
+    [
+        ("affine:4:128:int:bfloat16", "quick_cpu", 48, 127),
+        ("affine:4:32:int:bfloat16", "quick_cpu", 16, 47),
+        ("binary:3:128:float:bfloat16", "lut_cpu", 8, 23),
+        ("table:4:64:none:bfloat16", "table_cpu", 4, 12),
+    ],
+)
+def test_few_rows_are_another_kernels_and_many_are_its_own(size, spec, few, least, most):
     m, device = sympy.Symbol("m", positive=True, integer=True), Device.of("cpu")
-    problem = Problem(m, (1, 4096), *size, Format("affine", 4, group, "int", "bfloat16"), BFLOAT, torch.device("cpu"))
-    kernels = [registry.discover()[name] for name in ("quick_cpu", "quick_bf16", "dense")]
-    found = [Candidate(kernel.name, "quick", kernel.seconds(problem, "quick", device)) for kernel in kernels]
-    few, many = cost.pieces(found, 1, 4096)
-    assert (few.kernel, many.kernel) == ("quick_cpu", "quick_bf16") and least <= few.high <= most
+    problem = Problem(m, (1, 4096), *size, Format.parse(spec), BFLOAT, torch.device("cpu"))
+    layout = "lut" if few == "lut_cpu" else "quick"
+    kernels = [registry.discover()[name] for name in (few, f"{layout}_bf16", "dense")]
+    found = [Candidate(kernel.name, layout, kernel.seconds(problem, layout, device)) for kernel in kernels]
+    first, second = cost.pieces(found, 1, 4096)
+    assert (first.kernel, second.kernel) == (few, f"{layout}_bf16") and least <= first.high <= most
