@@ -16,7 +16,7 @@ from ..types import Format, Problem, Rounding
 from . import build, dense, stream
 from .layout import LUT
 from .registry import Call, Kernel, register
-from .stream import groups_of
+from .stream import Cost, groups_of
 
 BITS, BYTES, HALVES = 0, 1, 2
 # Rows of x of the specialisations of lut.cu, and by a number of rows which of them takes it.
@@ -101,10 +101,15 @@ def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
     return Rounding(weight=u if call.format.form == "table" else 2.0**-11, accumulate=2.0**-22, out=u)
 
 
-# (m up to, seconds beyond a launch, times a pure read): least squares over lqcompile/measured/nvidia_h200.json, where
-# the first is within 11 % at m = 1 and 2, 16 % at 4 and 19 % at 8; the second, of tables, within 23 %.
-SUMS = ((1, 1.8e-6, 1.12), (2, 2.2e-6, 1.18), (4, 2.5e-6, 1.87), (8, 2.9e-6, 2.46))
-LOOKUPS = ((2, 4.6e-6, 1.39), (4, 4.6e-6, 1.51), (8, 3.1e-6, 2.51))
+# Least squares over lqcompile/measured/nvidia_h200.json and, of nvidia_h200_models.json, what `models.fitted` names:
+# 3 to 8 % off there (median), and tables, which only the first has, 2 %, at m = 8 8 %.
+SUMS = (
+    Cost(1, 2.0e-6, 1.09, 0.5e-9, 3.9e-9),
+    Cost(2, 2.2e-6, 1.23, 0.0, 12.9e-9),
+    Cost(4, 2.9e-6, 1.59, 12.3e-9, 24.4e-9),
+    Cost(8, 3.4e-6, 2.3, 6.3e-9),
+)
+LOOKUPS = (Cost(2, 4.6e-6, 1.39), Cost(4, 4.6e-6, 1.51), Cost(8, 3.1e-6, 2.51))
 
 
 def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:

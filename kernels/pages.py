@@ -46,6 +46,43 @@ def together(parts: Sequence[Tensor]) -> list[Tensor]:
     starts = [0, *itertools.accumulate(-(-part.nbytes // ALIGNED) * ALIGNED for part in parts)]
     memory, out = empty(starts[-1]), []
     for part, start in zip(parts, starts, strict=False):
-        place = memory[start : start + part.nbytes]
-        out.append(place.view(part.dtype).view(part.shape).copy_(part))
+        out.append(tensor_of(memory[start : start + part.nbytes], part).copy_(part))
     return out
+
+
+def tensor_of(bytes_: Tensor, like: Tensor) -> Tensor:
+    """The contiguous tensor of another one's dtype and shape that some bytes are; it holds no other, as a view does."""
+    start, strides = bytes_.storage_offset() // like.element_size(), torch.empty(like.shape, device="meta").stride()
+    return torch.empty(0, dtype=like.dtype, device=bytes_.device).set_(
+        bytes_.untyped_storage(), start, like.shape, strides
+    )
+
+
+def adjoin(parts: Sequence[Tensor]) -> Tensor | None:
+    """One tensor of contiguous parts that differ in their first size alone, one after the other; they become its views.
+
+    Nothing is copied where they stand so already. None, with nothing changed, where they stand elsewhere and something
+    else may read their memory.
+    """
+    first, size = parts[0], sum(part.shape[0] for part in parts)
+    starts = itertools.accumulate((part.nbytes for part in parts), initial=first.data_ptr())
+    storage, shape = first.untyped_storage(), (size, *first.shape[1:])
+    in_place = all(part.data_ptr() == start for part, start in zip(parts, starts, strict=False))
+    if in_place and len({part.untyped_storage().data_ptr() for part in parts}) == 1:
+        return first.new_empty(0).set_(storage, first.storage_offset(), shape, first.stride())
+    if len({id(part) for part in parts}) < len(parts) or not all(map(_alone, parts)):
+        return None
+    nbytes = sum(part.nbytes for part in parts)
+    memory = empty(nbytes) if first.device.type == "cpu" else first.new_empty(nbytes, dtype=torch.uint8)
+    whole = memory.view(first.dtype).view(shape)
+    for part, place in zip(parts, whole.split([part.shape[0] for part in parts]), strict=True):
+        place.copy_(part)
+        part.set_(whole.untyped_storage(), place.storage_offset(), place.shape, place.stride())
+    return whole
+
+
+def _alone(t: Tensor) -> bool:
+    """Whether no other tensor is of the same memory, and all of it is this one's."""
+    use, fresh = torch._C._storage_Use_Count, torch.empty(0)
+    own = use(t.untyped_storage()._cdata) == use(fresh.untyped_storage()._cdata)
+    return own and t.untyped_storage().nbytes() < t.nbytes + ALIGNED and not t.is_inference()

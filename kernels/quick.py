@@ -17,9 +17,8 @@ from ..errors import ArgumentError
 from ..formats import UNIT_ROUNDOFF
 from ..types import SCALE_DTYPES, Format, Problem, Rounding
 from . import build, dense, quick_batch, stream
-from .layout import LAYOUTS
 from .registry import Call, Grouped, Kernel, register
-from .stream import groups_of
+from .stream import Cost, groups_of
 
 ROWS = (1, 2, 4, 8, 16)
 # Of an expert in one reading of its weight: two readings for eight rows each take less than one for sixteen.
@@ -131,10 +130,9 @@ def _run_experts(x: Tensor, parts: Sequence[Tensor], ends: Tensor, call: Call, o
 
 def _experts_seconds(problem: Problem, experts: int, layout: str, device: Device) -> sympy.Expr:
     """Each expert that has rows is read once for eight of them, at the rate at which one weight is."""
-    most, start, times = COSTS[2]
-    read = LAYOUTS[layout].packed_bytes(problem.format, problem.n, problem.k, "cuda") / device.bandwidth
-    passes = sympy.Min(experts, problem.m) * sympy.ceiling(problem.m / (most * experts))
-    return device.launch + start + times * read * passes
+    eight = next(cost for cost in COSTS if cost.m == EXPERT_ROWS[-1])
+    passes = sympy.Min(experts, problem.m) * sympy.ceiling(problem.m / (eight.m * experts))
+    return device.launch + eight.start + passes * eight.work(problem, layout, device)
 
 
 def _accepts(call: Call, x_dtype: torch.dtype, device: str) -> str | None:
@@ -149,9 +147,14 @@ def _rounding(call: Call, x_dtype: torch.dtype) -> Rounding:
     return Rounding(weight=times * u + 2.0**-22, accumulate=2.0**-22, out=u)
 
 
-# (m up to, seconds beyond a launch, times a pure read): least squares over six shapes of int4 g128 on an H200, within
-# 8 % up to m = 8; sixteen rows, which only other GPUs than Hopper's take so, within 30 %.
-COSTS = ((2, 1.85e-6, 1.13), (4, 2.3e-6, 1.155), (8, 1.7e-6, 1.40), (16, 1.5e-6, 3.2))
+# Least squares over lqcompile/measured/nvidia_h200_quick.json and, of nvidia_h200_models.json, what `models.fitted`
+# names, 3 to 4 % off there (median); sixteen rows, which only other GPUs than Hopper's take so, within 30 %.
+COSTS = (
+    Cost(2, 2.2e-6, 1.0, 9.0e-9, 0.4e-9),
+    Cost(4, 2.5e-6, 1.0, 10.8e-9, 1.5e-9),
+    Cost(8, 2.3e-6, 1.0, 21.6e-9, 2.2e-9),
+    Cost(16, 1.5e-6, 3.2),
+)
 
 
 def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
@@ -163,17 +166,9 @@ def _seconds(problem: Problem, layout: str, device: Device) -> sympy.Expr:
     pieces = [
         (device.launch + p.seconds, m <= r) for p, r in zip(plans, quick_batch.TILES, strict=True) if p is not None
     ]
-    # Beyond, by rounds of large tiles, whichever fit y best; of clusters there is one round.
-    times = []
-    for batch in (b for r in (128, 256) for b in quick_batch.batches(call, problem.x_dtype, r, HOPPER_SHARED)):
-        tiles = batch.tiles(call.n, m)
-        seconds = batch.seconds(tiles, call.k, device.processors)
-        once = sympy.Piecewise((seconds, tiles * batch.split <= device.processors), (sympy.oo, True))
-        times.append(seconds if batch.split == 1 else once)
-    if not times or len(pieces) < len(plans):
+    if len(pieces) < len(plans):
         return few
-    # Not simplified: sympy takes long to compare expressions.
-    beyond = device.launch + sympy.Min(*times, evaluate=False)
+    beyond = device.launch + quick_batch.seconds_beyond(call, problem.x_dtype, m, device.processors, HOPPER_SHARED)
     return sympy.Piecewise((few, m <= few_rows(problem.format)), *pieces, (beyond, True))
 
 

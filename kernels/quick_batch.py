@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -166,6 +167,32 @@ def plan(call: Call, x_dtype: torch.dtype, m: int, sms: int, shared: int) -> Pla
             last = replace(rest.parts[0], tile=tile, row=row)
             found = Plan((Part(batch, tiles - left, 0, 0), last), seconds)
     return found
+
+
+def seconds_beyond(call: Call, x_dtype: torch.dtype, m: sympy.Expr, sms: int, shared: int) -> sympy.Expr:
+    """What `plan` takes for more rows than one tile has: whichever tiles fit y best, the last round of large ones too.
+
+    Not simplified: sympy takes long to compare expressions.
+    """
+    large = max(TILES)
+    m = -(-m // large) * large
+    small, whole = [[*batches(call, x_dtype, rows, shared)] for rows in (large // 2, large)]
+
+    def once(batch: Batch, tiles: sympy.Expr) -> sympy.Expr:
+        seconds = batch.seconds(tiles, call.k, sms)
+        # Of clusters there is one round.
+        fits = sympy.Piecewise((seconds, tiles * batch.split <= sms), (sympy.oo, True), evaluate=False)
+        return seconds if batch.split == 1 else fits
+
+    times = [once(batch, batch.tiles(call.n, m)) for batch in (*small, *whole)]
+    for batch in whole:
+        row, tiles = batch.tiles(call.n, 1), batch.tiles(call.n, m)
+        left = tiles - tiles // sms * sms
+        rest = [once(b, -(-left * batch.row_tiles // b.row_tiles) * (large // b.rows)) for b in small]
+        both = batch.seconds(tiles - left, call.k, sms) + sympy.Min(*rest, evaluate=False)
+        two = sympy.And(tiles > sms, left > 0, left <= row)
+        times.append(sympy.Piecewise((both, two), (sympy.oo, True), evaluate=False))
+    return sympy.Min(*times, evaluate=False)
 
 
 class Launcher:

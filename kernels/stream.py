@@ -266,12 +266,36 @@ def refusal(call: Call, x_dtype: torch.dtype) -> str | None:
     return None if build.has_nvrtc() else "a machine with NVRTC"
 
 
-def seconds(costs: Sequence[tuple[int, float, float]], problem: Problem, layout: str, device: Device) -> sympy.Expr:
-    """From `costs`: (m up to, seconds beyond a launch, times a pure read); beyond the last, several such launches."""
+@dataclass(frozen=True)
+class Cost:
+    """What a launch for up to `m` rows of x takes.
+
+    start  seconds beyond an empty launch
+    times  how many times a pure read of the packed weight
+    tile   seconds of a tile of 32 x 128 weights on one multiprocessor, besides
+    plane  the same for each bit of a code and each further group that shares those 128 inputs
+    """
+
+    m: int
+    start: float
+    times: float
+    tile: float = 0.0
+    plane: float = 0.0
+
+    def work(self, problem: Problem, layout: str, device: Device) -> float:
+        """Seconds of all but the start."""
+        f = problem.format
+        read = LAYOUTS[layout].packed_bytes(f, problem.n, problem.k, "cuda") / device.bandwidth
+        tiles = -(-problem.n // 32) * -(-problem.k // 128) / device.processors
+        planes = tiles * f.bits * ((groups_of(f, problem.k) or 1) - 1)
+        return read * self.times + tiles * self.tile + planes * self.plane
+
+
+def seconds(costs: Sequence[Cost], problem: Problem, layout: str, device: Device) -> sympy.Expr:
+    """The time of a launch as one of `costs` has it; beyond the last, of several such launches."""
     m = problem.m
-    read = LAYOUTS[layout].packed_bytes(problem.format, problem.n, problem.k, "cuda") / device.bandwidth
-    pieces = [(device.launch + start + read * times, m <= most) for most, start, times in costs]
-    return sympy.Piecewise(*pieces, (sympy.ceiling(m / costs[-1][0]) * pieces[-1][0], True))
+    pieces = [(device.launch + c.start + c.work(problem, layout, device), m <= c.m) for c in costs]
+    return sympy.Piecewise(*pieces, (sympy.ceiling(m / costs[-1].m) * pieces[-1][0], True))
 
 
 def dense_defines(f: Format, dtype: torch.dtype) -> build.Defines:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .errors import ArgumentError
 from .kernels.layout import LAYOUTS, PLAIN, Layout, check_parts
 from .packed import DEVICES, PackedLinear
-from .passes.plan import Packed
+from .passes.pack import Packed
 from .types import Format
 
 FORMAT, VERSION = "lqcompile.packed", "1"

@@ -29,8 +29,10 @@ from .passes.constants import fake_value
 from .passes.evaluate import undisturbed
 from .passes.lower import copy_module
 from .passes.merge import bias_of, join, join_biases
+from .passes.once import once
+from .passes.pack import Packed
 from .passes.pipeline import Outcome
-from .passes.plan import Packed, Plan
+from .passes.plan import Plan
 from .passes.prove import Recovered
 from .passes.surroundings import described
 from .report import PassRecord, Report
@@ -107,20 +109,21 @@ def _static_fakes(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Fingerprint(CustomGraphPass):
-    """A pass that does nothing: its uuid puts our version and options into both of Inductor's cache keys.
+    """The pass `once`, whose uuid puts our version and options into both of Inductor's cache keys.
 
-    A pass that the user had set runs inside it.
+    A pass that the user had set runs before it.
     """
 
     def __init__(self, config: Config) -> None:
         previous = config.inductor.get("post_grad_custom_pre_pass", torch._inductor.config.post_grad_custom_pre_pass)
         passes = previous if isinstance(previous, (list, tuple)) else [previous]
         self._previous = [p for p in passes if p is not None]
-        self._text = f"{version()} {ops.VERSION} {config.fingerprint}"
+        self._text = f"{version()} {ops.VERSION} once {config.fingerprint}"
 
     def __call__(self, graph: fx.Graph) -> None:
         for previous in self._previous:
             previous(graph)
+        once(graph)
 
     def uuid(self) -> Any:
         theirs = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._previous]
@@ -229,18 +232,29 @@ class _Held:
         return {i for where in (*self.where, self.bias_at) for i in where if i >= 0}
 
     def update(self, args: tuple[Any, ...]) -> bool:
-        """Packs what `args` hold now into the same tensors; False if it does not fit. Raises Refused."""
+        """Packs what `args` hold now into the same tensors; False if it does not fit. Raises Refused.
+
+        What was packed already is read where it is: it fits while it is there.
+        """
 
         def now(where: Sequence[int], before: Sequence[Any]) -> list[Any]:
             return [args[i] if i >= 0 else old for i, old in zip(where, before, strict=True)]
 
-        given = zip(self.recovered, self.where, strict=True)
-        fresh, biases = [r.again(now(where, r.sources)) for r, where in given], now(self.bias_at, self.biases)
-        weights = join(fresh, self.epilogue, self.experts)
-        if any(r.across != self.recovered[0].across for r in fresh):
-            return False
-        if not all(p.update(w) for p, w in zip(self.packed, weights, strict=True)):
-            return False
+        given = [now(where, r.sources) for r, where in zip(self.recovered, self.where, strict=True)]
+        biases = now(self.bias_at, self.biases)
+        if self.recovered[0].layout:
+            fresh = self.recovered
+            if not self.packed[0].holds(given):
+                return False
+            for r, parts in zip(fresh, given, strict=True):
+                r.sources = tuple(parts)
+        else:
+            fresh = [r.again(sources) for r, sources in zip(self.recovered, given, strict=True)]
+            weights = join(fresh, self.epilogue, self.experts)
+            if any(r.across != self.recovered[0].across for r in fresh):
+                return False
+            if not all(p.update(w) for p, w in zip(self.packed, weights, strict=True)):
+                return False
         bias = join_biases(biases, [r.n for r in fresh], self.epilogue)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)

@@ -156,7 +156,7 @@ MODEL_OPTIONS: tuple[Option, ...] = (
 )
 STEP_OPTIONS: tuple[Option, ...] = (
     ("--prefill", "prefill", _read("prefill", "model_options"), "N", "also read a prompt of N tokens"),
-    ("--compare", "compare", _read("compare", "model_options"), "WAY,...", "inductor,dense,int4pack (all)"),
+    ("--compare", "compare", _read("compare", "model_options"), "WAY,...", "inductor,dense,int4pack; converted, bcq3"),
     ("--extrapolate", "extrapolate", None, "", "from --layers and from one to all layers, marked as such (no)"),
     ("--steps", "steps", _read("steps", "model_options"), "N", "also N steps by lq, for what they leave behind"),
     ("--trace", "trace", _writable, "FILE", "also a Chrome trace of one step by lq, and what its time goes to"),

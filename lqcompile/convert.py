@@ -24,7 +24,7 @@ from .kernels.registry import X_DTYPES
 from .packed import PackedLinear, plan
 from .passes import layer
 from .passes.layer import Layer
-from .passes.plan import Packed
+from .passes.pack import Packed
 from .passes.prove import Reader
 from .passes.recognise import LOW_BIT, Kept
 from .passes.verify import miswired
@@ -262,7 +262,9 @@ class _Conversion:
 def _verify(packed: PackedLinear, x: Tensor, wanted: Tensor) -> None:
     """The weight is proved; this proves the wiring around it, on random rows. Raises Refused."""
     got = packed(x)
-    added_up = x.double().norm() * packed.out_features**0.5 * packed.weight.float().square().mean().sqrt()
+    # No second copy of the dense weight, in float32, is needed for its norm.
+    size = torch.linalg.vector_norm(packed.weight, dtype=torch.float32)
+    added_up = x.double().norm() * size / packed.in_features**0.5
     wrong = miswired(got, wanted, added_up)
     if got.dtype != wanted.dtype:
         wrong = f"gives {got.dtype}, not {wanted.dtype}"

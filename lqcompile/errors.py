@@ -90,7 +90,7 @@ class Reason(enum.Enum):
         "nothing to do: it already reads low-bit data, in a way that only the library knows",
     )
     HIGHER_ORDER = (
-        "the matmul is inside a higher-order operation (checkpointing, a custom autograd function, cond)",
+        "the matmul is inside a higher-order operation (checkpointing, a custom autograd function, cond, vmap)",
         "run inference under torch.no_grad(), or move the matmul out of it",
     )
     NO_KERNEL = (

@@ -24,7 +24,7 @@ from .model_results import SCHEMA, Row, extrapolated, heading, line, picture, su
 from .report import size
 from .results import clocks, facts
 from .terminal import show
-from .ways import Runner, estimate, model_of
+from .ways import WAYS, Runner, estimate, model_of
 
 # Bytes whose read is timed; longer reads are as fast.
 READ = 1 << 30
@@ -142,19 +142,20 @@ class _Session:
         for names in [self.ways] if self.together else [(name,) for name in self.ways]:
             rows: list[Row] = []
             runners: list[Runner | None] = []
+            checks: list[Sequence[Checked]] = []
             for name in names:
                 late = self.late()
                 if not checked and not late:
                     checked = references(self.quantized, point)
-                row, runner = (
-                    (row_of(name, point, "skipped", "time limit"), None) if late else self.tried(name, point, checked)
-                )
+                skipped = row_of(name, point, "skipped", "time limit"), None, checked
+                row, runner, own = skipped if late else self.tried(name, point, checked)
                 self.say(
                     f"{point.phase}, batch {point.batch}: {name} {row.verdict}{f', {row.note}' if row.note else ''}"
                 )
                 rows.append(row)
                 runners.append(runner)
-            self.rows += self.timed(point, rows, runners, checked)
+                checks.append(own)
+            self.rows += self.timed(point, rows, runners, checks)
             self.write()
             if not self.together:
                 runner, runners, self.models = None, [], {}
@@ -164,12 +165,16 @@ class _Session:
         limit = self.options.time_limit
         return limit is not None and time.monotonic() - self.begun > limit
 
-    def tried(self, name: str, point: Point, checked: Sequence[Checked]) -> tuple[Row, Runner | None]:
-        """One way, compiled and checked; no runner where it is wrong or cannot run."""
+    def tried(
+        self, name: str, point: Point, checked: Sequence[Checked]
+    ) -> tuple[Row, Runner | None, Sequence[Checked]]:
+        """One way, compiled and checked, and what it was checked by; no runner where it is wrong or cannot run."""
         cuda = self.options.device.type == "cuda"
         try:
             if name not in self.models:
                 self.models[name] = model_of(name, self.quantized)
+            if WAYS[name].other:
+                checked = references(self.models[name], point)
             self.models[name].empty_cache(point.batch, point.length, DTYPE)
             runner = Runner(name, self.models[name])
             before = torch.cuda.memory_allocated(self.options.device) if cuda else 0
@@ -178,14 +183,15 @@ class _Session:
             row = judged(runner, point, checked)
         except torch.OutOfMemoryError:
             self.models.pop(name, None)
-            return row_of(name, point, "FAILED", "out of memory"), None
+            return row_of(name, point, "FAILED", "out of memory"), None, checked
         except Exception as error:  # noqa: BLE001  one way that cannot run must not cost the others
-            return row_of(name, point, "FAILED", first_line(error)), None
+            return row_of(name, point, "FAILED", first_line(error)), None, checked
         if cuda:
             own = {t.data_ptr(): t.nbytes for t in (*runner.model.parameters(), *runner.model.buffers())}
             grown = torch.cuda.max_memory_allocated(self.options.device) - before
             row = dataclasses.replace(row, memory_bytes=sum(own.values()) + grown)
-        return dataclasses.replace(row, light=self.light(row.weight_bytes)), runner if row.verdict == "ok" else None
+        row = dataclasses.replace(row, light=self.light(row.weight_bytes))
+        return row, runner if row.verdict == "ok" else None, checked
 
     def light(self, size: int | None) -> float | None:
         """Seconds in which `size` bytes can be read on this device; None where nobody can tell."""
@@ -202,15 +208,16 @@ class _Session:
         return size / self.light_rate
 
     def timed(
-        self, point: Point, rows: list[Row], runners: Sequence[Runner | None], checked: Sequence[Checked]
+        self, point: Point, rows: list[Row], runners: Sequence[Runner | None], checks: Sequence[Sequence[Checked]]
     ) -> list[Row]:
         """The rows with their times, printed; then what is asked of lq at the first point."""
         able = [(i, runner) for i, runner in enumerate(runners) if runner is not None]
         found = timing.interleaved(
-            [self.sampler(point, runner, checked[0]) for _, runner in able], self.options.repeats
+            [self.sampler(point, runner, checks[i][0]) for i, runner in able], self.options.repeats
         )
         for (i, runner), s in zip(able, found, strict=True):
-            last = relative(runner(checked[0].tokens, checked[0].position)[1], checked[0].exact)
+            first = checks[i][0]
+            last = relative(runner(first.tokens, first.position)[1], first.exact)
             if last <= (rows[i].allowed or 0.0):
                 rows[i] = dataclasses.replace(rows[i], seconds=s.median, least=s.least, most=s.most, samples=s.count)
             else:
@@ -218,7 +225,7 @@ class _Session:
         show(line(row) for row in rows)
         for i, runner in able:
             if runner.name == "lq" and (point.batch, point.tokens) == (self.options.batches[0], 1):
-                self.closer(runner, rows[i], checked[0])
+                self.closer(runner, rows[i], checks[i][0])
         return rows
 
     def closer(self, runner: Runner, row: Row, first: Checked) -> None:

@@ -97,7 +97,7 @@ def judged(runner: Runner, point: Point, checked: Sequence[Checked]) -> Row:
     notes = [wrong] if wrong else []
     quantized = rewritten = passes = None
     if runner.report is not None:
-        quantized, rewritten = runner.report.quantized, runner.report.rewritten
+        quantized, rewritten = runner.report.quantized, runner.report.rewritten + runner.report.packed
         passes = sum(p.seconds for p in runner.report.passes)
         notes += [f"{quantized - rewritten} of {quantized} matmuls not rewritten"] if rewritten < quantized else []
         notes += [first_line(w.message) for w in told if "lqcompile" in str(w.message)]

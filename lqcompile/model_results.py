@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from .errors import ArgumentError
 from .report import size
 from .results import objects
 from .table import Line
-from .viewer import templates
+from .viewer import Axes, apart, templates
 
 SCHEMA = 1
 PHASES = ("decode", "prefill", "generate", "layer")
@@ -33,6 +32,8 @@ HEADINGS = (
 WIDTHS = (8, 5, 9, 10, 6, 9, 6, 9, 9, 8, 14, 6)
 # Of the picture, in pixels: the frame, room at the left for numbers and at the right for names.
 PICTURE = (640, 360, 60, 110)
+# Least pixels between two names.
+STEP = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Row:
     memory_bytes     of the GPU, at most, from the model's tensors to the last checked call; None on a CPU
     error            relative, of the logits of the worst sequence, against float32; allowed: what is still right
     same             greedy tokens equal to eager's, of `checked`
-    rewritten        quantized layers that "lq" rewrote, of `quantized`; None for other ways
+    rewritten        quantized layers that "lq" rewrote, or that were packed, of `quantized`; None for other ways
     """
 
     way: str
@@ -208,21 +209,9 @@ def picture(document: Mapping[str, Any]) -> str:
     width, height, left, right = PICTURE
     batches = sorted({row.batch for row in rows}) or [1]
     every = [tokens for line in ways.values() for _, tokens in line] or [1.0]
-    low, high = math.floor(math.log10(min(every))), math.ceil(math.log10(max(every)))
-    high = max(high, low + 1)
-
-    def x(batch: float) -> float:
-        span = math.log(batches[-1] / batches[0]) or 1.0
-        return round(left + math.log(batch / batches[0]) / span * (width - left - right), 1)
-
-    def y(tokens: float) -> float:
-        return round((height - 40) - (math.log10(tokens) - low) / (high - low) * (height - 60), 1)
-
-    names = sorted(ways, key=lambda way: -ways[way][-1][1])
-    places: list[float] = []
-    for way in names:
-        # Names of lines that end close together stand under each other.
-        places.append(max(y(ways[way][-1][1]), places[-1] + 16 if places else 0.0))
+    axes = Axes((left, width - right), (height - 40, 20), (batches[0], batches[-1]), every)
+    names = sorted(ways, key=lambda way: ways[way][-1][1])
+    places = apart([axes.y(ways[way][-1][1]) for way in names], STEP)
     return (
         templates()
         .get_template("throughput.svg")
@@ -233,15 +222,15 @@ def picture(document: Mapping[str, Any]) -> str:
             left=left,
             right=width - right,
             bottom=height - 40,
-            xs=[{"x": x(batch), "text": str(batch)} for batch in batches],
-            ys=[{"y": y(10.0**e), "text": f"{10**e:,}" if e >= 0 else f"{10.0**e:g}"} for e in range(low, high + 1)],
+            xs=[{"x": axes.x(batch), "text": str(batch)} for batch in batches],
+            ys=[{"y": axes.y(v), "text": f"{v:,.0f}" if v >= 1 else f"{v:g}"} for v in axes.decades],
             lines=[
                 {
                     "way": way,
-                    "points": [{"x": x(batch), "y": y(tokens)} for batch, tokens in ways[way]],
+                    "points": [{"x": axes.x(batch), "y": axes.y(tokens)} for batch, tokens in ways[way]],
                     "label": place,
                 }
-                for way, place in zip(names[::-1], places[::-1], strict=True)
+                for way, place in zip(names, places, strict=True)
             ],
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator
@@ -13,11 +14,12 @@ from .types import Format, Problem
 
 Shape = tuple[int, int]
 MS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
-# By kind of device, the shapes that kernels' costs were fitted to: what is drawn of them is not new to the cost model.
+# By kind of device, the shapes that kernels' costs were fitted to, and how many of the first problems drawn.
 FITTED: dict[str, tuple[Shape, ...]] = {
     "cuda": ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (49152, 12288)),
     "cpu": ((512, 2048), (2048, 2048), (2048, 1024), (4864, 896), (4096, 4096), (11008, 4096), (4096, 11008)),
 }
+FITTED_DRAWN = {"cuda": 206, "cpu": 0}
 # Width, of all heads, of the keys' heads, of the hidden layer, and whether that has a gate.
 SIZES: dict[str, tuple[int, int, int, int, bool]] = {
     "Llama-3 8B": (4096, 4096, 1024, 14336, True),
@@ -59,12 +61,13 @@ def shapes(sizes: dict[str, tuple[int, int, int, int, bool]]) -> list[Shape]:
 
 
 def drawn(device: torch.device) -> Iterator[Problem]:
-    """Problems, those of one weight together: in the first round every shape once, in any order, and so on.
+    """Problems, each once, those of one weight together: in the first round every shape once, in any order, and so on.
 
-    Each round gives a shape another of the formats; three of four weights are affine, which more than one layout holds.
+    Each round gives a shape one of the formats; three of four weights are affine, which more than one layout holds.
     """
     gpu = device.type == "cuda"
     source = random.Random(SEED)
+    seen: set[Problem] = set()
     found, ms = (shapes(SIZES), MS) if gpu else ([(n, k) for n, k in shapes(SMALL) if n * k <= MOST], SMALL_MS)
     formats = [
         (form, bits, group)
@@ -78,4 +81,18 @@ def drawn(device: torch.device) -> Iterator[Problem]:
             scale = str(dtype).removeprefix("torch.")
             format = Format(form, bits, group, "int" if form == "affine" else "float", scale)
             for m in ms:
-                yield Problem(sympy.Integer(m), (m, m), n, k, format, dtype, device)
+                problem = Problem(sympy.Integer(m), (m, m), n, k, format, dtype, device)
+                if problem not in seen:
+                    seen.add(problem)
+                    yield problem
+
+
+def fitted(problem: Problem) -> bool:
+    """Whether kernels' costs were fitted to a problem: it is not new to the cost model."""
+    kind = problem.device.type
+    return (problem.n, problem.k) in FITTED[kind] or problem in _first(problem.device, FITTED_DRAWN[kind])
+
+
+@functools.cache
+def _first(device: torch.device, count: int) -> frozenset[Problem]:
+    return frozenset(itertools.islice(drawn(device), count))

@@ -16,7 +16,8 @@ from .errors import ArgumentError
 from .kernels import ops, pages
 from .kernels.layout import LAYOUTS
 from .kernels.registry import X_DTYPES
-from .passes.plan import Choice, Packed, Planner
+from .passes.pack import Packed
+from .passes.plan import Choice, Planner
 from .types import SCALE_DTYPES, Format, QWeight
 
 DEVICES = ("cpu", "cuda")
@@ -30,7 +31,9 @@ class PackedLinear(nn.Module):
     The parts of w are buffers, named as its layout names them, beside `perm` (int64 [k]) for a weight in act-order.
     They are proved values: `.half()` and `.to(dtype)` change the bias alone, never a scale. On a device of another type
     the kernels read another order, so that `.to(device)` packs w anew; `load_state_dict` does where a state comes from
-    there. Any number of rows is served; which kernel serves how many is decided for `workload`.
+    there. Any number of rows is served; which kernel serves how many is decided for `workload`. Compiled for "lq", the
+    parts of layers that run as one op become views of one tensor, unless something else may read their memory: a CUDA
+    graph that was captured by hand before that must be captured again.
 
     layout, order     how the parts are packed, and for the kernels of which type of device
     x_dtype           the dtype of x that the layout was chosen for
@@ -117,10 +120,9 @@ class PackedLinear(nn.Module):
         if self.compute is None and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         given = x.dtype
-        if self.compute is not None:
-            x = x.to(self.compute)
+        x = _cast(x, self.compute or given)
         bias = self._parameters["bias"]
-        return self._gemm(x, None if bias is None else bias.to(x.dtype)).to(self.result or given)
+        return _cast(self._gemm(x, None if bias is None else _cast(bias, x.dtype)), self.result or given)
 
     def _gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
         perm = self._buffers.get("perm")
@@ -144,7 +146,9 @@ class PackedLinear(nn.Module):
         # As bytes: a cast leaves integers alone.
         for name, t in held.items():
             if t is not None:
-                held[name] = fn(t.view(torch.uint8)).view(t.dtype)
+                given = fn(t.view(torch.uint8))
+                same = given.device == t.device and given.data_ptr() == t.data_ptr()
+                held[name] = t if same else pages.tensor_of(given.contiguous(), t)
         if moved or there.type != here.type:
             # Kernels are chosen where the parts are.
             self._hold(self.layout, self.order, self.parts)
@@ -214,6 +218,11 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{size}, bias={self._parameters['bias'] is not None}, format={self.format}, layout={self.layout}"
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cast to its own dtype would stand between the operations of a graph."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def unpacked(packed: Packed, order: str) -> QWeight:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .errors import ArgumentError
-from .kernels import pages
+from .kernels import pages, peers
 from .kernels.layout import LAYOUTS, Tiles
 from .packed import PackedLinear
 
@@ -66,22 +66,30 @@ class RowwisePacked(ParallelStyle):
     """Each rank has some of the inputs of a PackedLinear; y, on all ranks, is the sum of theirs.
 
     input_layouts   Shard(-1), each rank is given its own inputs, or Replicate(), all, of which it takes its own
+    one_shot        small sums on GPUs that read each other's memory by one kernel, else by the group's collective;
+                    all ranks must then apply the style together
     """
 
-    def __init__(self, *, input_layouts: Placement = LAST) -> None:
+    def __init__(self, *, input_layouts: Placement = LAST, one_shot: bool = False) -> None:
         super().__init__()
         self.input = _among("input_layouts", input_layouts, (LAST, Replicate()))
+        self.one_shot = one_shot
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer, rank, ranks = _layer_and_rank(module, device_mesh)
         cut_inputs(layer, rank, ranks)
         group, k = device_mesh.get_group(), layer.in_features
+        direct = group.group_name if self.one_shot else ""
+        if self.one_shot:
+            peers.meet(group, device_mesh.device_type)
 
         def own(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = _local(args[0], self.input)
             return (x if self.input == LAST else x[..., rank * k : (rank + 1) * k], *args[1:])
 
         def add(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            if direct:
+                return peers.ALL_REDUCE(y, direct)
             return collectives.wait_tensor(collectives.all_reduce(y, "sum", group))
 
         layer.register_forward_pre_hook(own)

@@ -16,7 +16,7 @@ from .kernels.layout import LAYOUTS
 from .regret import Point
 from .report import CURVE
 from .types import Candidate, Format, Problem
-from .viewer import PLOT, asset, plot, templates
+from .viewer import PLOT, apart, asset, plot, templates
 
 # Panels beside each other, of so many at the most; room for names at the right of each, and least steps between those.
 ACROSS, MOST = 2, 12
@@ -31,7 +31,9 @@ def svg(points: Sequence[Point], device: torch.device) -> str:
         weights[point.n, point.k, point.format, point.x_dtype].append(point)
     panels, facts = [], profile.of(device)
     for i, found in enumerate(list(weights.values())[:MOST]):
-        drawn, first = _named(plot(_curve(found, device, facts))), found[0]
+        drawn, first = plot(_curve(found, device, facts)), found[0]
+        for line, label in zip(drawn["lines"], apart([line["end"] for line in drawn["lines"]], STEP), strict=True):
+            line["label"] = label
         row, column = divmod(i, ACROSS)
         place = {"x": column * (PLOT[0] + NAMES), "y": HEAD + row * (PLOT[1] + GAP)}
         name = f"{first.n} x {first.k}  {first.format}  {first.x_dtype}"
@@ -81,11 +83,3 @@ def _curve(found: Sequence[Point], device: torch.device, facts: Device) -> dict[
     sizes = [LAYOUTS[layout].packed_bytes(format, first.n, first.k, device.type) for _, layout in ways]
     crossings = [piece.low for piece in cost.pieces(candidates, 1, most)[1:]]
     return {"m": ms, "lines": lines, "light": min(sizes) / facts.bandwidth, "crossings": crossings}
-
-
-def _named(drawn: dict[str, Any]) -> dict[str, Any]:
-    """With a place for the name of each line at its right end, no two closer than STEP."""
-    at = -float("inf")
-    for line in sorted(drawn["lines"], key=lambda line: line["end"]):
-        at = line["label"] = max(line["end"], at + STEP)
-    return drawn

@@ -28,7 +28,7 @@ class Point:
     """One problem: seconds of each of our ways (kernel, layout), as predicted and as measured.
 
     dense   seconds of the vendor's matmul on a dense weight, None where not timed
-    fitted  whether its shape is one of those that costs were fitted to
+    fitted  whether costs were fitted to it
     """
 
     n: int
@@ -81,8 +81,7 @@ def points(rows: Iterable[Row], device: torch.device) -> list[Point]:
         if len(measured) > 1:
             problem = Problem(sympy.Integer(m), (m, m), n, k, Format.parse(format), getattr(torch, x_dtype), device)
             predicted = {way: seconds(problem, way, facts) for way in measured}
-            fitted = (n, k) in models.FITTED[device.type]
-            found.append(Point(n, k, m, format, x_dtype, predicted, measured, dense[asked], fitted))
+            found.append(Point(n, k, m, format, x_dtype, predicted, measured, dense[asked], models.fitted(problem)))
     return found
 
 
@@ -122,7 +121,7 @@ def read(document: Mapping[str, Any]) -> list[Point]:
 
 
 def summary(found: Sequence[Point]) -> dict[str, Any]:
-    """What the choices cost, over all points and over those of shapes that nothing was fitted to; policies beside it.
+    """What the choices cost, over all points and over those that nothing was fitted to; policies beside it.
 
     always in  the fastest kernel, as predicted, of one layout alone
     always     one way alone; a dense weight: the vendor's matmul, which needs the memory of one
@@ -143,7 +142,7 @@ def summary(found: Sequence[Point]) -> dict[str, Any]:
             errors[_joined(way)].append(abs(point.predicted[way] / measured - 1))
     return {
         "chosen": _spread([point.regret(point.chosen) for point in found]),
-        "chosen, new shapes": _spread([point.regret(point.chosen) for point in new]),
+        "chosen, not fitted": _spread([point.regret(point.chosen) for point in new]),
         "policies": {name: _spread(regrets) for name, regrets in policies.items() if regrets},
         "median error": statistics.median(e for every in errors.values() for e in every) if errors else None,
         "median error of the chosen": statistics.median(
@@ -165,7 +164,7 @@ def report(found: Sequence[Point]) -> str:
         if regret > 1.005:
             shown = f"{point.n}x{point.k} m={point.m} {point.format} {point.x_dtype}"
             lines.append(f"  {regret:5.2f}x  {shown}: {_name(point.chosen)}, {_name(point.best)} is faster")
-    for name, spread in [(n, told[n]) for n in ("chosen", "chosen, new shapes")] + [*told["policies"].items()]:
+    for name, spread in [(n, told[n]) for n in ("chosen", "chosen, not fitted")] + [*told["policies"].items()]:
         if spread:
             whole = "" if spread["points"] == len(found) else f" ({spread['points']} problems)"
             figures = f"mean {spread['mean']:.3f}  95 % {spread['95 %']:.2f}  worst {spread['worst']:.2f}"

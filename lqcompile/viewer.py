@@ -184,6 +184,43 @@ def _primed(text: str) -> str:
     return re.sub(r"(%\d+)", r"\1'", text)
 
 
+class Axes:
+    """Two logarithmic axes: where, in pixels, a pair of positive numbers stands.
+
+    wide, high   pixels of the least and of the greatest x; of the whole decades below and above all of `ys`
+    xs           the least and the greatest x
+    """
+
+    def __init__(
+        self, wide: tuple[float, float], high: tuple[float, float], xs: tuple[float, float], ys: Sequence[float]
+    ) -> None:
+        self._wide, self._high, self._xs = wide, high, xs
+        low = math.floor(math.log10(min(ys)))
+        self._decades = low, max(math.ceil(math.log10(max(ys))), low + 1)
+
+    @property
+    def decades(self) -> list[float]:
+        """The powers of ten on the upright axis."""
+        return [10.0**e for e in range(self._decades[0], self._decades[1] + 1)]
+
+    def x(self, value: float) -> float:
+        (first, last), (start, end) = self._xs, self._wide
+        return round(start + math.log(value / first) / (math.log(last / first) or 1.0) * (end - start), 1)
+
+    def y(self, value: float) -> float:
+        (low, high), (start, end) = self._decades, self._high
+        return round(start + (math.log10(max(value, 10.0**low)) - low) / (high - low) * (end - start), 1)
+
+
+def apart(places: Sequence[float], step: float) -> list[float]:
+    """Places of names, in their order, each moved down until it is a step below the one above it."""
+    found = list(places)
+    at = -math.inf
+    for i in sorted(range(len(found)), key=found.__getitem__):
+        at = found[i] = max(found[i], at + step)
+    return found
+
+
 def plot(curve: Mapping[str, Any]) -> dict[str, Any]:
     """Time against M on logarithmic axes: a line for each kernel and the dense weight, light, and the crossings.
 
@@ -192,17 +229,9 @@ def plot(curve: Mapping[str, Any]) -> dict[str, Any]:
     ms, lines, light = curve["m"], curve["lines"], curve["light"]
     every = [s for line in lines for s in line["seconds"] if s > 0] + [light] * (light > 0)
     every += [s for line in lines for _, s in line.get("measured", ())]
-    low, high = math.floor(math.log10(min(every, default=1e-6))), math.ceil(math.log10(max(every, default=1e-5)))
-    high = max(high, low + 1)
     width, height, left, below = PLOT
-
-    def x(m: float) -> float:
-        return round(left + math.log(m) / math.log(max(ms[-1], 2)) * (width - left - 10), 1)
-
-    def y(seconds: float) -> float:
-        share = (math.log10(max(seconds, 10**low)) - low) / (high - low)
-        return round((height - below) - share * (height - below - 10), 1)
-
+    axes = Axes((left, width - 10), (height - below, 10), (1, max(ms[-1], 2)), every or [1e-6, 1e-5])
+    x, y = axes.x, axes.y
     drawn = [
         {
             "name": line["name"],
@@ -223,7 +252,7 @@ def plot(curve: Mapping[str, Any]) -> dict[str, Any]:
         "light": y(light) if light > 0 else None,
         "crossings": [{"m": m, "x": x(m)} for m in curve["crossings"] if m <= ms[-1]],
         "xs": [{"x": x(m), "text": str(m)} for m in (1, 8, 64, 512, 4096) if m <= ms[-1]],
-        "ys": [{"y": y(10.0**e), "text": _seconds(10.0**e)} for e in range(low, high + 1)],
+        "ys": [{"y": y(value), "text": _seconds(value)} for value in axes.decades],
         "rows": [[str(ms[i]), *(_seconds(line["seconds"][i]) for line in lines)] for i in shown],
         "light_text": _seconds(light),
     }

@@ -16,17 +16,22 @@ from torch._inductor.utils import fresh_cache
 from . import backend
 from .decoder import Decoder, dense, replaced, share, weight_bytes
 from .neighbours import Tinygemm, tinygemm
-from .quantize import QuantLinear
+from .packed import PackedLinear
+from .quantize import QuantLinear, quantize
 from .report import Report
-from .types import Problem
+from .types import SCALE_DTYPES, Problem
 
 
 @dataclass(frozen=True)
 class Way:
-    """Whose layers stand in the model (None: the quantized ones as they are), and the backend of torch.compile."""
+    """Whose layers stand in the model (None: the quantized ones as they are), and the backend of torch.compile.
+
+    other   their weights are others, so that what is right is what eager makes of themselves
+    """
 
     backend: str
     layer: Callable[[QuantLinear], nn.Module] | None = None
+    other: bool = False
 
 
 class Int4Pack(nn.Module):
@@ -48,11 +53,24 @@ class Int4Pack(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def converted(layer: QuantLinear) -> PackedLinear:
+    """What `lqcompile.convert` makes of a layer."""
+    weight = layer.qweight()
+    return PackedLinear.from_weight(weight, layer._parameters["bias"], x_dtype=SCALE_DTYPES[weight.format.scale_dtype])
+
+
+def bcq3(layer: QuantLinear) -> nn.Module:
+    """Binary codes of 3 bits of a layer's weight, in groups as large: as good as one greedy round makes them."""
+    return quantize(dense(layer), 3, layer.format.group, "bcq", rounds=1)
+
+
 WAYS: Mapping[str, Way] = {
     "lq": Way("lq"),
     "inductor": Way("inductor"),
     "dense": Way("inductor", dense),
     "int4pack": Way("inductor", Int4Pack),
+    "converted": Way("lq", converted),
+    "bcq3": Way("lq", bcq3, other=True),
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import Reason, Refused
@@ -49,6 +50,8 @@ def storage_of(node: fx.Node) -> int | None:
     value = fake_value(node)
     if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
         return None
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
     return value.untyped_storage()._cdata
 
 

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..kernels import ops
 from .canonicalize import Contraction
 from .constants import Constants, fake_value, storage_of, written
-from .plan import Packed, Plan
+from .pack import Packed
+from .plan import Plan
 
 
 @dataclass(frozen=True)

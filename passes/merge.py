@@ -1,6 +1,7 @@
 """Which matmuls are run as one op: those of one x, and with what is done to their results.
 
-silu(gate) * up of two matmuls, and the sum of one with a residual, are an op's epilogue (kernels/epilogues.py).
+silu(gate) * up of two matmuls, and the sum of one with a residual, are an op's epilogue (kernels/epilogues.py). Weights
+that are packed already join by their tiles, and so do without silu_mul, whose rows stand by turns.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Bundle:
     epilogue: str = ""
     after: tuple[fx.Node, ...] = ()
     other: fx.Node | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the graph has it so already: a packed weight by itself."""
+        return bool(self.matches[0].recovered.layout) and len(self.matches) == 1 and not self.epilogue
 
     def simpler(self) -> list[Bundle]:
         """The same with less in one op; nothing less than one matmul alone."""
@@ -105,7 +111,8 @@ def bundles(matches: Sequence[Match], constants: Constants) -> list[Bundle]:
     for match in matches:
         plain = _plain(match, constants) and once[id(match.recovered)] == 1
         r = match.recovered
-        alike = of_x[_spelled(match.x), match.contraction.routing, match.dtype, r.formats[0], r.k] if plain else []
+        of = (_spelled(match.x), match.contraction.routing, match.dtype, r.formats[0], r.k, r.layout)
+        alike = of_x[of] if plain else []
         group = next((g for g in alike if _joins(g, match, constants)), None)
         if group is None:
             group = []
@@ -193,7 +200,7 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _silu_mul(group: Sequence[Match], constants: Constants) -> Bundle | None:
-    if len(group) != 2 or group[0].n % TURN:
+    if len(group) != 2 or group[0].n % TURN or group[0].recovered.layout:
         return None
     for gate, up in (group, group[::-1]):
         silu = _only_user(gate.output, "silu")

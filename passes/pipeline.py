@@ -21,6 +21,7 @@ from .constants import Constants, fake_value
 from .lower import Lowered, lower
 from .merge import bundles
 from .plan import Plan, Planner, with_threads
+from .ready import ready
 from .recognise import Kept, Match, Recogniser
 from .verify import Broken, verify
 
@@ -144,14 +145,17 @@ def _plan(
     )
     plans, refused = [], {}
     with torch.inference_mode(False), torch.no_grad():
-        left = bundles([match for match in found if isinstance(match, Match)], constants)
+        # What is packed is for the device that it is on.
+        packed = ready(found, constants) if device is None else []
+        matches = [match for match in found if isinstance(match, Match)]
+        left = [bundle for bundle in bundles(matches, constants) + bundles(packed, constants) if not bundle.done]
         readers = Counter(id(match.recovered) for bundle in left for match in bundle.matches)
         while left:
             bundle = left.pop(0)
             try:
                 plans.append(planner.plan(bundle))
             except Refused as refusal:
-                less = bundle.simpler()
+                less = [simpler for simpler in bundle.simpler() if not simpler.done]
                 if less:
                     left = less + left
                     continue
@@ -166,17 +170,15 @@ def _plan(
 
 def _decision(item: Match | Kept, plan: Plan | None, refused: Reason | None) -> Decision:
     if isinstance(item, Kept):
-        return Decision(item.where, "kept", reason=item.reason, near_misses=item.near_misses)
+        merged = _merged(plan) if plan else {}
+        return Decision(item.where, "kept", merged, reason=item.reason, near_misses=item.near_misses)
     r = item.recovered
     problem: dict[str, Any] = {"n": r.n, "k": r.k, "x_dtype": str(item.dtype).removeprefix("torch.")}
     if plan is None:
         return Decision(item.where, "kept", problem, r.formats[0], reason=refused or Reason.PASS_FAILED)
     problem = {"m": str(plan.m), **problem, "bias": item.bias is not None}
-    together, share = len(plan.bundle.matches), plan.share(item)
-    problem |= {"together": together} if together > 1 else {}
-    problem |= {"experts": plan.experts} if plan.experts else {}
-    problem |= {"epilogue": plan.bundle.epilogue} if plan.bundle.epilogue else {}
-    problem |= {"across": True} if r.across else {}
+    share = plan.share(item)
+    problem |= {**_merged(plan), **({"across": True} if r.across else {})}
     before = len(r.formats) * r.n * r.k * item.dtype.itemsize
     return Decision(
         where=item.where,
@@ -185,14 +187,21 @@ def _decision(item: Match | Kept, plan: Plan | None, refused: Reason | None) -> 
         format=r.formats[0],
         rule=r.rule,
         proof=r.proof,
-        layout=plan.layout,
-        pieces=tuple(replace(p, seconds=share * p.seconds) for p in plan.pieces),
+        layout=plan.choice.layout,
+        pieces=tuple(replace(p, seconds=share * p.seconds) for p in plan.choice.pieces),
         bytes_before=before,
         bytes_after=round(share * plan.bytes),
         candidates=tuple(_part(c, share) for c in plan.choice.candidates),
         dense=_part(plan.choice.dense, share),
         light=share * plan.bytes / plan.device.bandwidth,
     )
+
+
+def _merged(plan: Plan) -> dict[str, Any]:
+    """What is done in one op, for a report."""
+    together = len(plan.bundle.matches)
+    told = {"together": together if together > 1 else 0, "experts": plan.experts, "epilogue": plan.bundle.epilogue}
+    return {name: value for name, value in told.items() if value}
 
 
 def _part(candidate: Candidate, share: float) -> Candidate:

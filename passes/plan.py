@@ -1,4 +1,4 @@
-"""Which layout a weight is packed in, which kernel serves which range of m, and the packed weight itself."""
+"""Which layout a weight is packed in, and which kernel serves which range of m."""
 
 from __future__ import annotations
 
@@ -16,63 +16,19 @@ from torch import Tensor, fx
 from .. import autotune, cost, profile
 from ..device import Device
 from ..errors import Reason, Refused
-from ..formats import refit
 from ..kernels import grouped, registry
 from ..kernels.layout import LAYOUTS
 from ..kernels.registry import Call
-from ..types import Candidate, Format, Piece, Problem, QWeight
+from ..types import Candidate, Format, Piece, Problem
 from . import meanings
 from .constants import fake_value
 from .evaluate import undisturbed
 from .merge import Bundle, bias_of, join, join_biases, widest
+from .pack import Packed, adjoined, pack
 from .recognise import Match
 
 # How much faster something must be to be worth more memory; and by how many launches, where time is little else.
 MARGIN, LAUNCHES = 1.05, 10
-
-
-@dataclass(eq=False)
-class Packed:
-    """One weight in its layout, or in two: "lut+quick" has the parts of the one, then those of the other.
-
-    The tensors of `parts` keep their addresses when the weight is packed again. `perm` is in which order the op takes
-    its inputs; of a transposed weight, packed `across`, in which order the user takes its outputs, that are `k` here.
-    """
-
-    layout: str
-    format: Format
-    n: int
-    k: int
-    parts: list[Tensor]
-    perm: Tensor | None
-    across: bool = False
-
-    @property
-    def layouts(self) -> tuple[str, ...]:
-        """The layouts of the copies, in the order of their parts."""
-        return tuple(self.layout.split("+"))
-
-    def update(self, weight: QWeight) -> bool:
-        """Packs new values into the same tensors. False, with nothing changed, if they do not fit this format."""
-        table = self.parts[-1] if self.format.form == "table" else None
-        fitted = refit(weight, self.format, None if table is None else tuple(table.shape))
-        if fitted is None or (weight.n, weight.k) != (self.n, self.k) or (fitted.perm is None) != (self.perm is None):
-            return False
-        fresh = _parts(fitted, self.layouts)
-        for old, new in zip(self.parts, fresh, strict=True):
-            if old.shape != new.shape or old.dtype != new.dtype:
-                return False
-        for old, new in zip(self.parts, fresh, strict=True):
-            old.copy_(new)
-        if self.perm is not None and fitted.perm is not None:
-            self.perm.copy_(_order(fitted.perm, self.across))
-        return True
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all parts."""
-        tensors = self.parts if self.perm is None else [*self.parts, self.perm]
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True)
@@ -85,13 +41,10 @@ class Plan:
     """
 
     bundle: Bundle
-    layout: str
-    route: str
-    pieces: tuple[Piece, ...]
+    choice: Choice
     packed: tuple[Packed, ...]
     m: sympy.Expr
     m_range: tuple[int, int | None]
-    choice: Choice
     device: Device
     bias: Tensor | None = None
     experts: int = 0
@@ -101,6 +54,12 @@ class Plan:
     def match(self) -> Match:
         """The first match, whose x the op reads."""
         return self.bundle.matches[0]
+
+    @property
+    def route(self) -> str:
+        """As the op takes it: where each expert has as many rows, m counts those of one, and the op sees all."""
+        each = self.turns is not None and self.match.contraction.ids is None
+        return self.choice.route_of(self.experts if each else 1)
 
     def share(self, match: Match) -> float:
         """How much of the op is one match's."""
@@ -177,9 +136,11 @@ class Planner:
         recovered = [match.recovered for match in bundle.matches]
         # By identity, kept alive here: equal weights of two layers are two packs.
         key = (*map(id, recovered), choice.layout, bundle.epilogue == "silu_mul", experts)
-        if key not in self._packed:
+        if recovered[0].layout:
+            self._packed[key] = (adjoined(recovered),)
+        elif key not in self._packed:
             weights, across = join(recovered, bundle.epilogue, experts > 0), recovered[0].across
-            self._packed[key] = tuple(_pack(w, choice.layout, across) for w in weights)
+            self._packed[key] = tuple(pack(w, choice.layout, across) for w in weights)
             self._kept.append(bundle)
         bias = None
         if len(bundle.matches) > 1:
@@ -187,13 +148,10 @@ class Planner:
             biases = [None if leaf is None else self._values[leaf] for leaf in leaves]
             bias = join_biases(biases, [match.n for match in bundle.matches], bundle.epilogue)
         packed = self._packed[key]
-        # Of x [experts, m, k] the op sees all rows at once.
-        route = choice.route_of(experts if together else 1)
-        turns, on = None, packed[0].parts[0].device
+        turns = None
         if experts and match.contraction.ends is None:
-            turns = torch.arange(1, experts + 1, dtype=torch.int32, device=on)
-        how = (packed, m, m_range, choice, device, bias, experts, turns)
-        return Plan(bundle, choice.layout, route, choice.pieces, *how)
+            turns = torch.arange(1, experts + 1, dtype=torch.int32, device=packed[0].parts[0].device)
+        return Plan(bundle, choice, packed, m, m_range, device, bias, experts, turns)
 
     def _of_experts(
         self, match: Match, apart: Choice, m_range: tuple[int, int | None], device: Device
@@ -231,8 +189,11 @@ class Planner:
         problem = Problem(m, limits, n, recovered.k, formats[0], match.dtype, x.device)
         with with_threads(self._threads):
             device = self._device or profile.of(problem.device)
-        how = {"fused": recovered.fused, "across": recovered.across, "experts": match.places if given else 0}
-        found = self._chosen(problem, formats, m_range, device, **how)
+        own = (recovered.layout,) if recovered.layout else ()
+        found = self._chosen(
+            problem, formats, m_range, device, fused=recovered.fused, across=recovered.across, layouts=own,
+            packed=bool(own), experts=match.places if given else 0,
+        )  # fmt: skip
         return found, m, m_range, device
 
     def choice(
@@ -354,20 +315,6 @@ def _expert_candidates(problem: Problem, experts: int, device: Device) -> list[C
         and grouped.refusal(kernel, Call(name, problem.format, problem.n, problem.k), problem.x_dtype, device.kind)
         is None
     ]
-
-
-def _pack(w: QWeight, layout: str, across: bool = False) -> Packed:
-    order = None if w.perm is None else _order(w.perm, across)
-    return Packed(layout, w.format, w.n, w.k, _parts(w, layout.split("+")), order, across)
-
-
-def _order(perm: Tensor, across: bool) -> Tensor:
-    """What to index inputs by, or, `across`, outputs: those are found where their columns of codes stand."""
-    return torch.argsort(perm) if across else perm
-
-
-def _parts(w: QWeight, layouts: Sequence[str]) -> list[Tensor]:
-    return [part for layout in layouts for part in LAYOUTS[layout].pack(w)]
 
 
 def _rows(match: Match, x: Tensor) -> tuple[sympy.Expr, tuple[int, int | None]]:

@@ -26,6 +26,7 @@ class Recovered:
     again    does the same for other tensors in place of `sources`; raises Refused
     fused    the library's operation that multiplied by it, "" for none
     across   groups are of outputs, not inputs: `weights` are the transposed ones, [k, n]
+    layout   of a weight that is packed already: its parts are the sources, and `weights` have no values; "" for others
     """
 
     weights: tuple[QWeight, ...]
@@ -36,6 +37,7 @@ class Recovered:
     key: str
     fused: str = ""
     across: bool = False
+    layout: str = ""
     n: int = field(init=False)
     k: int = field(init=False)
     formats: tuple[Format, ...] = field(init=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -160,6 +161,8 @@ class Recogniser:
             raise Refused(Reason.NOT_QUANTIZED, w.name)
         r = roles(c, w)
         y, x = fake_value(c.node), c.b if w is c.a else c.a
+        if is_functorch_wrapped_tensor(y):
+            raise Refused(Reason.HIGHER_ORDER, c.node.name)
         if y.dtype not in X_DTYPES or not fake_value(x).is_floating_point():
             raise Refused(Reason.DTYPE, f"{c.node.name}: {y.dtype}")
         if y.requires_grad and fake_value(w).requires_grad:

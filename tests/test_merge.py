@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lqcompile
-from lqcompile.kernels import registry
+from lqcompile.kernels import pages, registry
 from lqcompile.kernels.epilogues import unfused
 
 from .models import Dequant, close, compiled
@@ -268,3 +269,127 @@ def test_epilogues_through_inductor(fusing):
             assert close(fast(x) / 1e5, model(x) / 1e5)
         model[1].mlp.up.scale.mul_(1.5)
         assert close(fast(x) / 1e5, model(x) / 1e5)
+
+
+class Attention(nn.Module):
+    """Query, key and value of one x, and a layer whose result is added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = Dequant(64, 128, seed=1), Dequant(32, 128, seed=2), Dequant(32, 128, seed=3)
+        self.o = Dequant(128, 64, seed=4)
+
+    def forward(self, x):
+        h = x.sin()
+        return x + self.o(self.q(h) * torch.cat((self.k(h), self.v(h)), -1)) * 1e-3
+
+
+class Residual(Attention):
+    """The same with nothing between the layer and the sum."""
+
+    def forward(self, x):
+        h = x.sin()
+        return x + self.o(self.q(h) * torch.cat((self.k(h), self.v(h)), -1))
+
+
+def converted(kind, device, rows=3):
+    """Two equal models, one of them converted, and an x."""
+    model, x = kind().eval().to(device), torch.randn(rows, 128, device=device)
+    return model, lqcompile.convert(copy.deepcopy(model), x, options={"strict": True}), x
+
+
+def near(a, b):
+    return bool((a - b).norm() <= 1e-2 * b.norm())
+
+
+@pytest.mark.parametrize("kind", [Attention, Residual])
+def test_converted_layers_are_merged_as_others_are(kind, device):
+    model, packed, x = converted(kind, device)
+    wanted, alone = model(x), packed(x)
+    before = sum(part.nbytes for layer in (packed.q, packed.k, packed.v) for part in layer.parts)
+    ops = gemms(outcome_of(model, x)[0])
+    outcome, got = outcome_of(packed, x)
+    assert gemms(outcome) == ops and len(ops) == 2
+    assert near(alone, wanted) and near(got, wanted) and near(packed(x), wanted)
+    assert [d.problem.get("together") for d in outcome.decisions][:3] == [3] * 3
+    assert all(d.reason is lqcompile.Reason.PACKED for d in outcome.decisions)
+    # One copy: the layers' parts are views of what the op reads, and nothing else of it is held.
+    first = outcome.plans[0].packed[0]
+    storages = {t.untyped_storage().data_ptr() for layer in (packed.q, packed.k, packed.v) for t in layer.parts}
+    assert storages == {part.untyped_storage().data_ptr() for part in first.parts}
+    assert sum(part.untyped_storage().nbytes() for part in first.parts) < before + 64 * len(first.parts)
+    again, _ = outcome_of(packed, x)
+    assert [p.data_ptr() for p in again.plans[0].packed[0].parts] == [p.data_ptr() for p in first.parts]
+    for other in (copy.deepcopy(packed), copy.deepcopy(packed).to("cpu").to(device)):
+        assert torch.equal(other(x), packed(x)) and gemms(outcome_of(other, x)[0]) == ops
+    empty = copy.deepcopy(packed)
+    for part in empty.q.parts:
+        part.zero_()
+    empty.load_state_dict(packed.state_dict())
+    assert torch.equal(empty(x), packed(x))
+
+
+def test_a_residual_is_added_to_a_converted_layer(fusing):
+    model, packed, x = converted(Residual, "cpu")
+    outcome, got = outcome_of(packed, x)
+    assert gemms(outcome) == ["", "add"] == gemms(outcome_of(model, x)[0]) and near(got, model(x))
+    names = [str(n.target) for n in outcome.lowered.module.graph.nodes]
+    assert not any("add" in name for name in names)
+
+
+def test_a_converted_pair_whose_rows_do_not_stand_by_turns(fusing):
+    model = Gated().eval()
+    x = torch.randn(3, 64)
+    packed = lqcompile.convert(copy.deepcopy(model), x, options={"strict": True})
+    outcome, got = outcome_of(packed, x)
+    assert gemms(outcome) == [""] and alike([got], [model(x)])
+
+
+def test_any_change_of_a_converted_part_is_used(device):
+    _, packed, x = converted(Attention, device)
+    fast = compiled(packed)
+    with torch.no_grad():
+
+        def right():
+            return near(fast(x), packed(x))
+
+        assert right()
+        packed.k.scale.mul_(3)
+        packed.v.bias.add_(1)
+        assert right()
+        # What is put in another's place, and that back again, keeps its own values.
+        old, new = packed.q.scale, packed.q.scale * 2
+        kept = old.clone()
+        packed.q.scale = new
+        assert right() and torch.equal(old, kept)
+        packed.q.scale = old
+        assert right() and torch.equal(new, kept * 2) and torch.equal(old, kept)
+        packed.k, packed.v = packed.v, packed.k
+        assert right()
+        packed.load_state_dict({name: t.clone() for name, t in packed.state_dict().items()}, assign=True)
+        assert right()
+
+
+def test_memory_that_others_hold_is_left_where_it_is(device):
+    _, packed, x = converted(Attention, device)
+    state, wanted = packed.state_dict(), packed(x)
+    outcome, got = outcome_of(packed, x)
+    assert gemms(outcome) == [] and near(got, wanted)
+    assert state["k.scale"].data_ptr() == packed.k.scale.data_ptr()
+    state.clear()
+    packed.v = copy.deepcopy(packed.k)
+    packed.v.planes = packed.k.planes
+    outcome, got = outcome_of(packed, x)
+    assert gemms(outcome) == [] and near(got, packed(x))
+
+
+def test_adjoined_parts_are_views_of_one():
+    parts = [torch.arange(12 * n, dtype=torch.int16).view(n, 3, 4).clone() for n in (2, 1, 3)]
+    values = [part.clone() for part in parts]
+    whole = pages.adjoin(parts)
+    assert torch.equal(whole, torch.cat(values)) and all(map(torch.equal, parts, values))
+    whole.neg_()
+    assert all(torch.equal(part, -value) for part, value in zip(parts, values, strict=True))
+    assert pages.adjoin(parts).data_ptr() == whole.data_ptr() == pages.adjoin(parts[:2]).data_ptr()
+    assert pages.adjoin(parts[1:]).data_ptr() == parts[1].data_ptr()
+    assert pages.adjoin(parts[::-1]) is None and pages.adjoin([parts[0], parts[0]]) is None

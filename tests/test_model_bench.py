@@ -69,6 +69,17 @@ def test_lq_beside_int4pack_from_the_command_line(run, tmp_path):
     assert "lq is" in out and "int4pack" in model_results.table(found).splitlines()[0]
 
 
+def test_converted_layers_and_other_weights_in_the_same_run(run):
+    code, found, out = run(*TINY, "--compare", "converted,bcq3")
+    rows = {row.way: row for row in model_results.rows_of(found)}
+    assert code == cli.Exit.FINE and all(row.verdict == "ok" and row.note == "" for row in rows.values()), rows
+    # Planes of three bits and float scales in place of four bits, scales and zeros.
+    assert rows["bcq3"].weight_bytes < rows["lq"].weight_bytes <= rows["converted"].weight_bytes
+    # Beside the packed weights, what each layer's state says of them.
+    assert rows["converted"].weight_bytes < rows["lq"].weight_bytes + 7 * 256
+    assert all((row.rewritten, row.quantized) == (7, 7) for row in rows.values()) and "x bcq3" in out
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_replays_graphs_and_says_what_memory_it_takes(run, tmp_path):
     trace = tmp_path / "trace.json"

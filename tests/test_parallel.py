@@ -117,7 +117,8 @@ class Block(nn.Module):
 
 PLAN = {
     "up": ColwisePacked(), "gate": ColwisePacked(), "down": RowwisePacked(),
-    "gathered": ColwisePacked(output_layouts=Replicate()), "summed": RowwisePacked(input_layouts=Replicate()),
+    "gathered": ColwisePacked(output_layouts=Replicate()),
+    "summed": RowwisePacked(input_layouts=Replicate(), one_shot=True),
 }  # fmt: skip
 
 

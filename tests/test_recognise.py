@@ -97,6 +97,26 @@ def test_equal_layers_are_not_tied_but_analysed_once():
     torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
 
 
+class Vmapped(nn.Module):
+    """A mask that is made under vmap, as transformers does, one matmul inside a vmap, and one beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = lqcompile.quantize(linear_stack(2), group=16)
+
+    def forward(self, x):
+        rows = torch.arange(x.shape[1])
+        mask = torch.vmap(torch.vmap(lambda i, j: i >= j, in_dims=(None, 0)), in_dims=(0, None))(rows, rows)
+        return torch.vmap(lambda t: self.inner(t))(self.outer(x)) * mask.to(x.dtype).sum(-1, keepdim=True)
+
+
+def test_under_vmap_a_matmul_is_kept_and_others_are_not_lost():
+    outcome, got = outcome_of(model := Vmapped(), x := torch.randn(2, 3, 32))
+    assert not outcome.warnings
+    assert sorted(str(d.reason) for d in outcome.decisions) == ["None", str(Reason.HIGHER_ORDER)]
+    torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
+
+
 class WithAdapter(nn.Module):
     """A LoRA layer: merged into the weight, or beside it. B starts at zero, as LoRA does."""
 

@@ -112,13 +112,13 @@ def _against_float64(plan: Plan) -> float:
         x = torch.randn(5, w64.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
         what = packed.n, packed.k, packed.format.spec
         if packed.across:
-            y = x @ ops.DEQUANTIZE(packed.parts, plan.layout, *what, dtype)
+            y = x @ ops.DEQUANTIZE(packed.parts, plan.choice.layout, *what, dtype)
             y = y if packed.perm is None else y[:, packed.perm]
         else:
             fed = x if packed.perm is None else x[:, packed.perm]
-            y = ops.GEMMS[plan.layout](fed, packed.parts, None, None, *what, "", plan.route)
-        call = registry.Call(plan.layout, packed.format, packed.n, packed.k)
-        rounding = registry.discover()[plan.pieces[0].kernel].rounding(call, dtype)
+            y = ops.GEMMS[plan.choice.layout](fed, packed.parts, None, None, *what, "", plan.choice.route)
+        call = registry.Call(plan.choice.layout, packed.format, packed.n, packed.k)
+        rounding = registry.discover()[plan.choice.pieces[0].kernel].rounding(call, dtype)
         y64 = x.double() @ w64.T
         worst = max(worst, float(((y.double() - y64).abs() / bound(y64, x.double(), w64, rounding)).max()))
     return worst
