@@ -149,9 +149,9 @@ class Planner:
             biases = [None if leaf is None else self._values[leaf] for leaf in leaves]
             bias = join_biases(biases, [match.n for match in bundle.matches], bundle.epilogue)
         packed = self._packed[key]
-        turns, on = None, packed[0].parts[0].device
+        turns = None
         if experts and match.contraction.ends is None:
-            turns = torch.arange(1, experts + 1, dtype=torch.int32, device=on)
+            turns = torch.arange(1, experts + 1, dtype=torch.int32, device=packed[0].parts[0].device)
         return Plan(bundle, choice, packed, m, m_range, device, bias, experts, turns)
 
     def _of_experts(

@@ -75,6 +75,20 @@ def test_few_rows_numbers_go_from_registers_to_the_tensor_core(f, x_dtype, direc
     assert not ops(found, "LDL", "STL")
 
 
+@pytest.mark.parametrize("rows", quick.EXPERT_ROWS)
+@pytest.mark.parametrize("f", FORMATS, ids=str)
+def test_experts_are_multiplied_by_the_same_products_and_spill_nothing(f, rows, directory):
+    groups = quick.groups_of(f, 1024) or 0
+    warps = quick.Experts.warps_of(f, rows, groups)
+    shape = quick.Experts(f, torch.bfloat16, rows, groups, warps, 3, epilogue="silu_mul")
+    found = code("quick_sm80.cu", "quick_grouped", shape.defines, directory)
+    assert len(ops(found, "HMMA")) == 16 and len(ops(found, "LDSM")) == 4
+    assert not ops(found, "LDL", "STL")
+    # Where experts' rows end is read after the kernel before has ended.
+    first = next(i for i in ops(found, "LDG") if found[i].startswith("LDG.E R"))
+    assert ops(found, "ACQBULK")[0] < first
+
+
 @pytest.mark.parametrize(
     ("columns", "warps", "ways", "stages"), [(16, 16, 2, 12), (64, 8, 2, 9), (128, 8, 2, 5), (256, 8, 1, 2)]
 )

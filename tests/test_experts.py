@@ -14,6 +14,8 @@ import lqcompile
 from lqcompile import cli, moe_bench, timing
 from lqcompile.decoder import SHAPES, Experts, Mixture, made
 from lqcompile.errors import Reason
+from lqcompile.kernels import grouped
+from lqcompile.passes import lower
 
 SMALL = dataclasses.replace(SHAPES["tiny-moe"], hidden=64, intermediate=96)
 
@@ -224,6 +226,26 @@ def test_a_mixture_is_that_of_transformers():
         x = torch.randn(1, 9, SMALL.hidden)
         found = theirs(x)
         torch.testing.assert_close(layer(x), found[0] if isinstance(found, tuple) else found, rtol=1e-4, atol=1e-4)
+
+
+def _wrong_expert(patch):
+    patch.setattr(
+        grouped, "of_expert", lambda parts, e, experts, of=grouped.of_expert: of(parts, experts - 1 - e, experts)
+    )
+
+
+def _rows_not_sorted(patch):
+    emitted = lower._grouped
+    patch.setattr(lower, "_grouped", lambda plan, emit, inputs, x, ends: emitted(plan, emit, inputs, x.args[0], ends))
+
+
+@pytest.mark.parametrize("fault", [_wrong_expert, _rows_not_sorted])
+@torch.no_grad()
+def test_rows_by_the_weight_of_another_expert_are_caught(fault, monkeypatch):
+    fault(monkeypatch)
+    layer = lqcompile.quantize(Picking(PICKED["bmm_right"]), bits=4, group=32)
+    with pytest.raises(Exception, match="differs from the original"):
+        torch.compile(layer, backend="lq", options={"strict": True})(torch.randn(5, 96))
 
 
 @pytest.fixture
