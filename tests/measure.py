@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import gc
 import os
 import statistics
 import subprocess
@@ -22,14 +21,13 @@ import torch
 from torch import nn
 
 import lqcompile
-from lqcompile import PackedLinear, QuantLinear, backend, decoder, demo, quantize
-from lqcompile.kernels.layout import LAYOUTS
+from lqcompile import backend, demo, quantize
 from lqcompile.passes import pipeline
 from lqcompile.passes.constants import Constants
 from lqcompile.passes.plan import with_threads
 from lqcompile.passes.recognise import Match, Recogniser
 from lqcompile.report import Report
-from tests import decode_parallel
+from tests import converted_memory, decode_parallel
 from tests.memory import peak
 from tests.models import Dequant
 
@@ -323,51 +321,6 @@ def recognising(name: str, device: str, repeats: int) -> None:
     print(f"peak for {hidden} x {dim}: {most / 1e6:.1f} MB, dense in {dtype}: {dense / 1e6:.1f} MB")
 
 
-def memory(device: torch.device, layers: int) -> None:
-    """What weights of Llama-3-8B's shape, int4 g128, take once they are converted, and at most on the way there.
-
-    On a CPU the shape is a small one of the same proportions, and it is not seen when originals are freed: the most is
-    then told too high, by up to all of them.
-    """
-    shape = dataclasses.replace(decoder.SHAPES["llama3-8b"], layers=layers)
-    if device.type == "cpu":
-        shape = dataclasses.replace(
-            shape, hidden=1024, heads=8, kv_heads=2, head=128, intermediate=3584, vocabulary=1024
-        )
-    model = decoder.random(shape, device, torch.bfloat16, bits=4, group=128, method="rtn")
-    linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    # A dense layer as it is multiplied by, and all of the quantized ones as they were.
-    dense = max(2 * m.out_features * m.in_features for m in linears)
-    originals, count = sum(t.nbytes for m in linears for t in m.buffers()), len(linears)
-    linears.clear()
-    most = peak(lambda: lqcompile.convert(model, options={"strict": True}), device.type)
-    layers_ = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    assert len(layers_) == count, (len(layers_), count)
-    formula = sum(LAYOUTS[m.layout].packed_bytes(m.format, m.out_features, m.in_features, device.type) for m in layers_)
-
-    def told(when: str) -> None:
-        """Memory behind the packed weights, of the model and of what "lq" compiled, each storage once."""
-        tensors = [part for m in layers_ for part in m.parts]
-        tensors += [t for compiled in backend._LIVE for t in compiled._packed]
-        held = sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
-        print(f"{when}: {held / 1e6:.3f} MB of weights, {100 * (held / formula - 1):+.2f} % of {formula / 1e6:.3f} MB")
-
-    name = f"{layers} layers of Llama-3-8B's shape" if device.type == "cuda" else f"{layers} layers of {shape.hidden}"
-    print(f"{name}, int4 g128 on {device}: {count} quantized layers of {originals / 1e6:.3f} MB")
-    told("converted")
-    print(
-        f"most while converting, beside what was there before: {most / 1e6:.3f} MB; "
-        f"one dense layer: {dense / 1e6:.3f} MB"
-    )
-    model.empty_cache(1, 64, torch.bfloat16)
-    step = torch.compile(model, backend="lq", fullgraph=True, dynamic=False)
-    with torch.no_grad(), backend.recording() as reports:
-        step(torch.zeros((1, 1), dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device))
-    gc.collect()
-    together = sum("together" in d.problem for r in reports for d in r.decisions)
-    told(f"compiled, {together} of {count} layers run together with others")
-
-
 def main() -> None:
     """Parses the command line and runs one measurement."""
     parser = argparse.ArgumentParser(prog="python -m tests.measure", description=__doc__)
@@ -390,7 +343,7 @@ def main() -> None:
     elif given.what == "kernel":
         kernel(given.repeats)
     elif given.what == "memory":
-        memory(torch.device(given.device), given.layers)
+        converted_memory.measure(torch.device(given.device), given.layers)
     elif given.what == "plan":
         planning(given.repeats)
     elif given.what == "recognise":
