@@ -2,15 +2,19 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from lqcompile.errors import Refused
+from lqcompile.errors import Reason, Refused
 from lqcompile.formats import dequantize
 from lqcompile.passes import deferred
+from lqcompile.passes.deferred import held
 from lqcompile.passes.evaluate import evaluate, played, recorded
+from lqcompile.passes.idioms import affine
+from lqcompile.passes.prove import prove
 from lqcompile.passes.recognise import Match
 
 from .models import Dequant
@@ -73,9 +77,9 @@ def played_again(compute, first, second):
 def test_values_that_code_looked_at_are_not_played(small_blocks):  # noqa: F811
     codes, more = (torch.arange(start, start + 64, dtype=torch.uint8).view(8, 8) for start in (0, 100))
     plain = played_again(lambda q: [q.float() * 2], [codes], [more])
-    assert torch.equal(deferred.held(plain.native), more.float() * 2)
+    assert torch.equal(held(plain.native), more.float() * 2)
     largest = played_again(lambda q: [q.float() / q.float().max()], [codes], [more])
-    assert torch.equal(deferred.held(largest.native), more.float() / more.max())
+    assert torch.equal(held(largest.native), more.float() / more.max())
     assert played_again(lambda q: [q.float() * float(q.max())], [codes], [more]) is None
     assert played_again(lambda q: [q.float() * (2 if bool((q > 63).any()) else 3)], [codes], [more]) is None
 
@@ -93,7 +97,7 @@ def test_other_layouts_are_refused(small_blocks):  # noqa: F811
         with pytest.raises(Refused):
             played(tape, [other])
     # Of which none was taken for the first.
-    assert torch.equal(deferred.held(played(tape, [codes])[0].native), codes.float() * 2)
+    assert torch.equal(held(played(tape, [codes])[0].native), codes.float() * 2)
 
 
 def test_a_tape_that_is_cleared_holds_no_tensor(small_blocks):  # noqa: F811
@@ -102,9 +106,63 @@ def test_a_tape_that_is_cleared_holds_no_tensor(small_blocks):  # noqa: F811
     tape.clear()
     again = codes.clone()
     seen = weakref.ref(again.untyped_storage())
-    assert torch.equal(deferred.held(played(tape, [again])[0].native), (codes >> 1).float() * 2)
+    assert torch.equal(held(played(tape, [again])[0].native), (codes >> 1).float() * 2)
     tape.clear()
     del again
     gc.collect()
     assert seen() is None
     assert len(evaluate(lambda q: [q.float()], [codes])) == 1
+
+
+def other(t, place, change):
+    """A copy of which one place is changed."""
+    t = t.clone()
+    t[place] = change(t[place])
+    return t
+
+
+PROOFS = {
+    "as it is": (lambda q, w: (q, w), "bit_exact"),
+    "a code": (lambda q, w: (replace(q, codes=other(q.codes, (-1, -1), lambda c: c ^ 1)), w), Reason.PROOF_FAILED),
+    "a zero": (lambda q, w: (replace(q, zero=other(q.zero, (-1, 0), lambda z: z + 1)), w), Reason.PROOF_FAILED),
+    "a scale": (
+        lambda q, w: (replace(q, scale=other(q.scale, (-1, 0), lambda s: s * (1 + 2.0**-40))), w),
+        Reason.PROOF_FAILED,
+    ),
+    "a scale by its last bit": (
+        lambda q, w: (replace(q, scale=other(q.scale, (-1, 0), lambda s: s * (1 + 2.0**-52))), w),
+        "float64_rounding",
+    ),
+    "eager's own by a rounding": (
+        lambda q, w: (q, replace(w, native=other(held(w.native), (-1, 0), lambda v: v * (1 + 2.0**-22)))),
+        "bit_exact",
+    ),
+    "eager's own": (
+        lambda q, w: (q, replace(w, native=other(held(w.native), (-1, 0), lambda v: v * 1.01 + 1))),
+        Reason.EAGER_DIFFERS,
+    ),
+    "eager's own is infinite": (
+        lambda q, w: (q, replace(w, native=other(held(w.native), (-1, 0), lambda v: torch.inf))),
+        Reason.NON_FINITE,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROOFS)
+@pytest.mark.parametrize("block", [64, 1 << 17])
+def test_a_proof_covers_every_weight(name, block, small_blocks, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(deferred, "BLOCK", {"cpu": block})
+    layer, (change, wanted) = Dequant(64, 64, 32), PROOFS[name]
+
+    def dequantized(q, scale, zero):
+        codes = torch.stack([q & 15, q >> 4], -1).view(64, -1, 32)
+        return [((codes.float() - zero.float()) * scale).view(64, 64)]
+
+    (weight,) = evaluate(dequantized, [layer.q, layer.scale, layer.zero])
+    qweight, weight = change(affine.read(weight), weight)
+    if isinstance(wanted, str):
+        assert prove(qweight, weight, False) == wanted
+    else:
+        with pytest.raises(Refused) as refused:
+            prove(qweight, weight, False)
+        assert refused.value.reason is wanted
