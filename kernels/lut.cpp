@@ -1,4 +1,4 @@
-// LUT-GEMM on x86-64: binary weights, one row of x by look-ups of four columns, more plane by plane.
+// LUT-GEMM on x86-64: binary weights, few rows of x by look-ups of four columns, more plane by plane.
 #include "lanes.h"
 #include "digits.h"
 #include "codes.h"

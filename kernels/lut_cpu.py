@@ -1,4 +1,4 @@
-"""LUT-GEMM on x86-64: binary weights by lut.cpp, one row of x by look-ups and more plane by plane."""
+"""LUT-GEMM on x86-64: binary weights by lut.cpp, few rows of x by look-ups and more plane by plane."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ cpu.declare(
     "lut",
     "lut.cpp",
     forms=("binary",),
-    summary="binary weights; look-ups for one row, exact dots for more",
+    summary="binary weights; look-ups for few rows, exact dots for more",
     rounding=cpu.rounding,
     seconds=cpu.seconds,
 )

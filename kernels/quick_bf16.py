@@ -43,7 +43,7 @@ for name, layout, forms in (("quick_bf16", "quick", ("affine", "table")), ("lut_
         layout,
         "quick_bf16.cpp",
         forms=forms,
-        summary=f"{' and '.join(forms)} weights, rounded to bf16, many rows of bf16; AMX",
+        summary=f"{' and '.join(forms)} weights in bf16, many rows of bf16; AMX",
         isa=native.AMX_BF16,
         x_dtypes=(torch.bfloat16,),
         rounding=_rounding,

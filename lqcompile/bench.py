@@ -145,9 +145,8 @@ class _Session:
         if not wanted and not others:
             return self.skip(problem, "no kernel accepts it")
         calls = [call for _, call in wanted]
-        weight = self.cached(
-            "weight", (n, k, f, problem.x_dtype), lambda: _Weight(problem, calls, others, self.timer.rotation)
-        )
+        key = (n, k, f, problem.x_dtype, tuple(other.name for other in others))
+        weight = self.cached("weight", key, lambda: _Weight(problem, calls, others, self.timer.rotation))
         dense_copies = self.cached("dense", (n, k, problem.x_dtype), lambda: self.dense(problem))
         x = torch.randn((int(problem.m), k), device=problem.device).to(problem.x_dtype)
         bias = torch.randn(n, device=problem.device).to(problem.x_dtype) if self.options.bias else None

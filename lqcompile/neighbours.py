@@ -178,24 +178,24 @@ class _Dequantizing(torch.nn.Module):
 
 
 class _Frozen:
-    """Compiled with freezing for each number of rows, at the first call for all copies: none can be copied."""
+    """Compiled with freezing for one number of rows, at its first call for all copies: none can be copied."""
 
     def __init__(self, layer: _Dequantizing, family: list[_Frozen]) -> None:
-        self._layer, self._family, self._ways = layer, family, dict[int, Callable[[torch.Tensor], torch.Tensor]]()
+        self._layer, self._family = layer, family
+        self._way: Callable[[torch.Tensor], torch.Tensor] | None = None
         family.append(self)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        way = self._ways.get(x.shape[0])
-        if way is None:
+        if self._way is None:
             for one in self._family:
-                one._compile(x)
-            way = self._ways[x.shape[0]]
-        return way(x)
+                one._way = one._compiled(x)
+        assert self._way is not None
+        return self._way(x)
 
     def copy(self) -> _Frozen:
         return _Frozen(copy.deepcopy(self._layer), self._family)
 
-    def _compile(self, x: torch.Tensor) -> None:
+    def _compiled(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         # Dynamo keeps what it compiles by code object, asks one after the other, and gives up where there are many.
         forward = FunctionType(_Dequantizing.forward.__code__.replace(), _Dequantizing.forward.__globals__)
         way = torch.compile(MethodType(forward, self._layer), dynamic=False)
@@ -208,7 +208,7 @@ class _Frozen:
         self._layer.packed.copy_(codes)
         if not folded:
             raise RuntimeError("freezing left codes to be dequantized in each call")
-        self._ways[x.shape[0]] = way
+        return way
 
 
 class Freezing(Neighbour):
@@ -222,6 +222,9 @@ class Freezing(Neighbour):
     def accepts(self, problem: Problem) -> str | None:
         if refusal := self._refusal(problem, (4,), (torch.bfloat16, torch.float16, torch.float32)):
             return refusal
+        # More rows are torch's matmul on a dense weight, which is timed anyway; each is a gigabyte that is never freed.
+        if problem.m != 1:
+            return "one row"
         # What is smaller takes less time than to call compiled code.
         return "at least 1,048,576 weights" if problem.n * problem.k < 1 << 20 or problem.k % 2 else None
 

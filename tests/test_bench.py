@@ -293,6 +293,16 @@ def test_the_truth_is_the_bound_of_formats(device, monkeypatch, spec):
     assert truth.ratio(y, rounding) == truth.relative(y) == math.inf
 
 
+def test_reads_of_a_cpu_keep_what_they_read():
+    timer = timing.timer(torch.device("cpu"))
+    runs, _ = timer.light(1 << 12)
+    read = runs[0].args[0]
+    before = read.clone()
+    timer.light(3 << 20)
+    runs[0]()
+    assert torch.equal(read, before)
+
+
 def test_neighbours_stand_beside_ours(run, device):
     code, found, out = run("--dtype", "bfloat16", "--formats", "affine:4:32:int", "--m", "1", "--shapes", "64x1024")
     assert code == cli.Exit.FINE

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 
 import pytest
+import sympy
 import torch
 
 from lqcompile import neighbours, results, trial
@@ -25,6 +26,7 @@ def test_neighbours_say_what_they_do_not_accept():
     assert "weights" in freezing.accepts(problem()) and freezing.accepts(problem(n=1024, k=1024)) is None
     on_gpu = problem(device="cuda", k=1024)
     assert freezing.accepts(on_gpu) == "cpu"
+    assert freezing.accepts(dataclasses.replace(problem(n=1024, k=1024), m=sympy.Integer(2))) == "one row"
     assert torchao.accepts(on_gpu) is None and gemlite.accepts(on_gpu) is None
     assert "1024" in torchao.accepts(dataclasses.replace(on_gpu, k=1152))
     assert "bfloat16" in torchao.accepts(dataclasses.replace(on_gpu, x_dtype=torch.float16))
@@ -57,4 +59,4 @@ def test_inductor_freezes_a_dense_weight_for_each_copy(monkeypatch):
         # One that reads the codes in each call is found out.
         monkeypatch.setattr(type(torch._inductor.config), "patch", lambda *_, **how: contextlib.nullcontext())
         with pytest.raises(RuntimeError, match="in each call"):
-            held.weight(x[:1])
+            freezing.prepare(asked).weight(x)
