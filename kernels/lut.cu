@@ -102,5 +102,5 @@ __device__ __forceinline__ float set_up(unsigned char* extra, const float* table
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 lut_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table, const u16* __restrict__ bias, const u16* __restrict__ other,
          u16* __restrict__ y, int m, int n, int k, int tiles, int range, int groups, u32 span, int wide) {
-    stream_gemm(x, planes, coef, zero, table, bias, other, y, m, n, k, tiles, blockIdx.y, range, groups, span, wide);
+    stream_gemm(x, planes, coef, zero, table, bias, other, y, m, n, k, tiles, [] { return blockIdx.y; }, range, groups, span, wide);
 }

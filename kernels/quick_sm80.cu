@@ -119,13 +119,13 @@ quick_grouped(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, c
         find_pass(pass, ends, experts, m, i / shares.each, lane);
         const u64 e = pass.expert;
         stream_gemm(x + (u64)pass.first * k, planes + e * blocks * (SLABS * 512), coef + e * rows * COEF_ROW, zero + e * rows * ZERO_ROW, nullptr, nullptr,
-                    nullptr, y + (u64)pass.first * outputs, pass.rows, n, k, shares.tiles, i % shares.each, range, groups, span, wide);
+                    nullptr, y + (u64)pass.first * outputs, pass.rows, n, k, shares.tiles, [&] { return u32(i % shares.each); }, range, groups, span, wide);
     }
 }
 #else
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 quick_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table, const u16* __restrict__ bias, const u16* __restrict__ other,
            u16* __restrict__ y, int m, int n, int k, int tiles, int range, int groups, u32 span, int wide) {
-    stream_gemm(x, planes, coef, zero, table, bias, other, y, m, n, k, tiles, blockIdx.y, range, groups, span, wide);
+    stream_gemm(x, planes, coef, zero, table, bias, other, y, m, n, k, tiles, [] { return blockIdx.y; }, range, groups, span, wide);
 }
 #endif

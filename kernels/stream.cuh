@@ -46,11 +46,13 @@ struct Run {
     }
 };
 
-// The row tiles of one share of w, each of `tiles`, by the cluster whose blocks cut k. 32 * WARPS threads; shared memory as
+// The row tiles of share number share() of w, each of `tiles`, by the cluster whose blocks cut k: asked for where it is
+// needed, since a register that holds it from the start is one too many. 32 * WARPS threads; shared memory as
 // kernels/stream.py counts it. May be called again for others, by all of the cluster.
+template <class Share>
 __device__ __forceinline__ void stream_gemm(const u16* __restrict__ x, Bytes planes, Bytes coef, Bytes zero, const float* __restrict__ table,
                                             const u16* __restrict__ bias, const u16* __restrict__ other, u16* __restrict__ y, int m, int n, int k,
-                                            int tiles, u32 share, int range, int groups, u32 span, int wide) {
+                                            int tiles, Share share, int range, int groups, u32 span, int wide) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int split = gridDim.x, rank = blockIdx.x, blocks = (k + 127) / 128;
     const int first = rank * range, count = min(range, blocks - first);
@@ -60,7 +62,7 @@ __device__ __forceinline__ void stream_gemm(const u16* __restrict__ x, Bytes pla
     float* wholes = (float*)(biases + tiles * 32);
     float* facts = wholes + split * tiles * SLOT;
     if (split > 1) cluster_arrive();
-    const int top = share * tiles, height = min(tiles, (n + 31) / 32 - top), units = height * count;
+    const int top = share() * tiles, height = min(tiles, (n + 31) / 32 - top), units = height * count;
     // x and the bias first: behind the weights they would wait for all of them.
     wait_for_previous();
     for (int i = warp; i < count; i += WARPS) fetch_x(shared_address(prepared) + i * X_BLOCK, x, m, k, first + i, wide, lane);
