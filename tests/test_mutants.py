@@ -11,7 +11,7 @@ from lqcompile.backend import Compiled
 from lqcompile.config import Config
 from lqcompile.freshness import Snapshot
 from lqcompile.kernels import dense, layout, ops, registry
-from lqcompile.passes import constants, grouping, idioms, lower, pipeline, plan, prove, recognise
+from lqcompile.passes import constants, grouping, idioms, lower, pack, pipeline, plan, prove, recognise
 from lqcompile.passes.canonicalize import SPELLINGS
 
 from .corpus import draw
@@ -132,7 +132,7 @@ def _batch_reversed(patch):
 
 
 def _no_perm(patch):
-    after(patch, plan, "_pack", lambda packed: setattr(packed, "perm", None) or packed)
+    after(patch, plan, "pack", lambda packed: setattr(packed, "perm", None) or packed)
 
 
 def _perm_reversed(patch):
@@ -140,11 +140,11 @@ def _perm_reversed(patch):
         packed.perm = None if packed.perm is None else packed.perm.flip(0)
         return packed
 
-    after(patch, plan, "_pack", change)
+    after(patch, plan, "pack", change)
 
 
 def _order_not_inverted(patch):
-    patch.setattr(plan, "_order", lambda perm, across: perm)
+    patch.setattr(pack, "_order", lambda perm, across: perm)
 
 
 def _blind_to_writes(patch):

@@ -107,7 +107,7 @@ def _against_float64(plan: Plan) -> float:
     """The worst error of the planned kernel over its bound, for some rows of x."""
     worst, dtype = 0.0, plan.match.dtype
     again = [m.recovered.again(m.recovered.sources) for m in plan.bundle.matches]
-    for packed, w in zip(plan.packed, join(again, plan.bundle.epilogue), strict=True):
+    for packed, w in zip(plan.packed, join(again, plan.bundle.epilogue, plan.experts > 0), strict=True):
         w64 = dequantize(w).T if packed.across else dequantize(w)
         x = torch.randn(5, w64.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
         what = packed.n, packed.k, packed.format.spec
