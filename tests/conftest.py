@@ -11,6 +11,9 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("LQ_HYPOTHESIS_PROFILE", "ci"))
 
+# Tests are many and small: a second thread takes longer to start than what it would do, far longer on a busy machine.
+torch.set_num_threads(1)
+
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
