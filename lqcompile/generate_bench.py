@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from .config import go_offline
 from .errors import ArgumentError
 from .model_check import DTYPE, relative
 from .model_options import Options
-from .model_results import SCHEMA, Row, heading, line, summary
+from .model_results import SCHEMA, Row, heading, line, summary, written
 from .quantize import quantize
 from .report import Report
 from .results import facts
@@ -101,12 +100,9 @@ def bench_generate(options: Options, command: Sequence[str] = ("lq", "bench")) -
                 rows += [Row(way, "generate", batch, new, "skipped", "time limit") for way in WAYS]
             else:
                 rows += _measured(model, batch, options)
-            if options.json is not None:
-                text = json.dumps({**document, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
-                options.json.write_text(text + "\n")
+            written(options.json, document, rows)
     show([("", ""), *summary(rows)])
-    failed = any(row.verdict == "WRONG" or (row.way, row.verdict) == ("lq", "FAILED") for row in rows)
-    return Exit.PROOF_FAILED if failed else Exit.FINE
+    return Exit.PROOF_FAILED if any(row.bad for row in rows) else Exit.FINE
 
 
 def _measured(model: Any, batch: int, options: Options) -> list[Row]:
@@ -140,7 +136,7 @@ def _measured(model: Any, batch: int, options: Options) -> list[Row]:
     for ways, repeats in (([way for way in runs if way != "eager"], options.repeats), (runs.keys() & {"eager"}, 1)):
         samples = timing.interleaved([_sampler(runs[way], tokens.device) for way in ways], repeats)
         for way, s in zip(ways, samples, strict=True):
-            rows[way] = dataclasses.replace(rows[way], seconds=s.median, least=s.least, most=s.most, samples=s.count)
+            rows[way] = rows[way].timed(s)
     show(line(row) for row in rows.values())
     return list(rows.values())
 

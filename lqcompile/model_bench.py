@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ from .cli import Exit
 from .decoder import Decoder
 from .model_check import DTYPE, Checked, Point, judged, references, relative, row_of
 from .model_options import CHECKED, Options
-from .model_results import SCHEMA, Row, extrapolated, heading, line, picture, summary, told
+from .model_results import SCHEMA, Row, extrapolated, heading, line, picture, summary, told, written
 from .report import size
 from .results import clocks, facts
 from .terminal import show
@@ -100,7 +99,7 @@ class _Session:
         self.document["clocks_at_end"] = clocks(device)
         self.write()
         show([("", ""), *summary(self.rows), *told(self.extrapolated())])
-        wrong = [row for row in self.rows if row.verdict == "WRONG" or (row.way, row.verdict) == ("lq", "FAILED")]
+        wrong = [row for row in self.rows if row.bad]
         for row in wrong:
             show([("bold red", f"{row.verdict}: {row.way}, {row.phase}, batch {row.batch}: {row.note}")])
         return Exit.PROOF_FAILED if wrong else Exit.FINE
@@ -219,7 +218,7 @@ class _Session:
             first = checks[i][0]
             last = relative(runner(first.tokens, first.position)[1], first.exact)
             if last <= (rows[i].allowed or 0.0):
-                rows[i] = dataclasses.replace(rows[i], seconds=s.median, least=s.least, most=s.most, samples=s.count)
+                rows[i] = rows[i].timed(s)
             else:
                 rows[i] = dataclasses.replace(rows[i], verdict="WRONG", note="right at first, wrong after many calls")
         show(line(row) for row in rows)
@@ -263,12 +262,11 @@ class _Session:
         return extrapolated(self.before, self.rows, self.shape.layers, whole)
 
     def write(self) -> None:
-        document = {**self.document, "rows": [dataclasses.asdict(row) for row in self.rows]}
+        document = self.document
         if self.before:
-            document["rows_of_one_layer"] = [dataclasses.asdict(row) for row in self.before]
-            document["extrapolated"] = self.extrapolated()
-        if self.options.json is not None:
-            self.options.json.write_text(json.dumps(document, indent=1) + "\n")
+            before = [dataclasses.asdict(row) for row in self.before]
+            document = {**document, "rows_of_one_layer": before, "extrapolated": self.extrapolated()}
+        document = written(self.options.json, document, self.rows)
         if self.options.svg is not None:
             self.options.svg.write_text(picture(document))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError
 from .report import size
 from .results import objects
 from .table import Line
+from .timing import Samples
 from .viewer import Axes, apart, templates
 
 SCHEMA = 1
@@ -73,6 +76,15 @@ class Row:
     checked: int = 0
     rewritten: int | None = None
     quantized: int | None = None
+
+    @property
+    def bad(self) -> bool:
+        """Whether a run must not end well with it: another way may fail where ours may not."""
+        return self.verdict == "WRONG" or (self.way, self.verdict) == ("lq", "FAILED")
+
+    def timed(self, s: Samples) -> Row:
+        """The row with its times."""
+        return replace(self, seconds=s.median, least=s.least, most=s.most, samples=s.count)
 
     @property
     def throughput(self) -> float | None:
@@ -153,6 +165,14 @@ def _aligned(cells: Sequence[str]) -> str:
     left = (0, 2)
     both = enumerate(zip(cells, WIDTHS, strict=True))
     return "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in both).rstrip()
+
+
+def written(path: Path | None, document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """The document with its rows, which a file at `path`, where one is asked for, holds then."""
+    whole = {**document, "rows": [asdict(row) for row in rows]}
+    if path is not None:
+        path.write_text(json.dumps(whole, indent=1) + "\n")
+    return whole
 
 
 def summary(rows: Sequence[Row]) -> list[Line]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from .decoder import Mixture
 from .errors import ArgumentError
 from .model_check import DTYPE, relative
 from .model_options import Options
-from .model_results import SCHEMA, Row, heading, line, summary
+from .model_results import SCHEMA, Row, heading, line, summary, written
 from .quantize import QuantLinear
 from .report import Report, size
 from .results import clocks, facts
@@ -72,12 +71,9 @@ def bench_moe(options: Options, command: Sequence[str] = ("lq", "bench")) -> int
                 continue
             rows += _measured(layers, shape, batch, timer, options.repeats)
         document["clocks_at_end"] = clocks(device)
-        if options.json is not None:
-            text = json.dumps({**document, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
-            options.json.write_text(text + "\n")
+        written(options.json, document, rows)
     show([("", ""), *summary(rows)])
-    failed = any(row.verdict == "WRONG" or (row.way, row.verdict) == ("lq", "FAILED") for row in rows)
-    return Exit.PROOF_FAILED if failed else Exit.FINE
+    return Exit.PROOF_FAILED if any(row.bad for row in rows) else Exit.FINE
 
 
 def _head(document: dict[str, Any], shape: decoder.Shape) -> list[tuple[str, str]]:
@@ -125,8 +121,7 @@ def _measured(
         bytes = round((rows[i].weight_bytes or 0) * read)
         if bytes not in lights:
             lights[bytes] = _light(timer, bytes)
-        timed = dataclasses.replace(rows[i], seconds=s.median, least=s.least, most=s.most, samples=s.count)
-        rows[i] = dataclasses.replace(timed, weight_bytes=bytes, light=lights[bytes])
+        rows[i] = dataclasses.replace(rows[i].timed(s), weight_bytes=bytes, light=lights[bytes])
     show([*(line(row) for row in rows), ("dim", f"experts read, on average: {read * shape.experts:.1f}")])
     return rows
 
